@@ -1,0 +1,290 @@
+"""Shards on disk: WebDataset tars with an index and a checksum for each, listed in one manifest.
+
+    DATASET/
+      dataset.json            Manifest: name, classes, and per split the shards
+      train-000000.tar        KEY.jpg KEY.json [KEY.mask.png] KEY.jpg ...
+      val-000000.tar
+
+The tars are plain WebDataset: `webdataset.WebDataset` reads them. The manifest adds what it lacks: the sha256 of
+each shard, checked before a byte of it is used, and the offset of every sample, so that any sample is read by
+itself and order is free of the layout on disk. Files are written under a temporary name and renamed; tar headers
+carry no time and no owner, so equal input gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import webdataset
+
+from data_pipeline.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST = "dataset.json"
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "mask.png")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: file name, checksum, size in bytes, number of samples, byte offset of each sample's first header."""
+
+    name: str
+    sha256: str
+    bytes: int
+    samples: int
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order; a sample's dataset index counts through them (shard-major)."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return sum(self.shard_sizes)
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples in each shard."""
+        return [shard.samples for shard in self.shards]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set holds; `dataset.json` beside the shards."""
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    schema_version: int = SCHEMA_VERSION
+
+    @classmethod
+    def load(cls, root: str | Path) -> Self:
+        """Read ROOT/dataset.json.
+
+        Raises:
+            DataError: no such folder, not a data set, a damaged or newer manifest.
+        """
+        root = Path(root)
+        path = root / MANIFEST
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; make a data set with `dicm data build` or `dicm data scenes`")
+        if not path.is_file():
+            raise DataError(
+                f"{root}: not a data set (no {MANIFEST}); make one of your images with "
+                f"`dicm data build imagefolder {root} OUT`"
+            )
+        try:
+            fields = json.loads(path.read_text())
+            version = fields["schema_version"]
+            if version > SCHEMA_VERSION:
+                raise DataError(f"{path}: schema version {version} is newer than this dicm reads; update dicm")
+            splits = {
+                name: Split(tuple(Shard(**{**shard, "offsets": tuple(shard["offsets"])}) for shard in split["shards"]))
+                for name, split in fields["splits"].items()
+            }
+            manifest = cls(fields["name"], tuple(fields["classes"]), splits, version)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: damaged manifest ({error}); build the data set again") from error
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                if Path(shard.name).name != shard.name or len(shard.offsets) != shard.samples:
+                    raise DataError(f"{path}: damaged entry of shard {shard.name!r}; build the data set again")
+        return manifest
+
+    def save(self, root: str | Path) -> None:
+        """Write ROOT/dataset.json, whole or not at all."""
+        with _replacing(Path(root) / MANIFEST) as file:
+            file.write(self._json().encode())
+
+    def split(self, name: str) -> Split:
+        """The split `name`; DataError with the splits there are."""
+        if name not in self.splits:
+            raise DataError(f"{self.name}: no split {name!r}; it has {', '.join(self.splits) or 'none'}")
+        return self.splits[name]
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the manifest: changes with any sample, its order or the classes."""
+        return hashlib.sha256(self._json().encode()).hexdigest()
+
+    def _json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+
+class _Replacing(io.FileIO):
+    """A file that appears under its name when the `with` block ends well, and not at all otherwise."""
+
+    def __init__(self, path: Path):
+        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
+        super().__init__(self.temporary, "wb")
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, traceback: Any) -> None:
+        if kind is None:
+            self.flush()
+            os.fsync(self.fileno())
+        self.close()
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)
+
+
+_replacing = _Replacing
+
+
+class ShardWriter:
+    """Writes the samples of one split into shards of at most `max_samples` samples; a context manager.
+
+    `shards` holds the finished ones once the block has ended.
+    """
+
+    def __init__(self, root: str | Path, split: str, *, max_samples: int = 1000):
+        self.root, self.split, self.max_samples = Path(root), split, max_samples
+        self.shards: list[Shard] = []
+        self._file: _Replacing | None = None
+        self._offsets: list[int] = []
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Add {"__key__": str, "jpg" | "png" | "webp": bytes, "json": dict, "mask.png": bytes}.
+
+        Raises:
+            DataError: a field of another name; pickles above all have no place in a data set.
+        """
+        for extension in sample:
+            if extension != "__key__" and extension not in EXTENSIONS:
+                raise DataError(
+                    f"{sample['__key__']}: field {extension!r} is not one of {', '.join(EXTENSIONS)}; leave it out"
+                )
+        if len(self._offsets) == self.max_samples:
+            self._finish()
+        if self._file is None:
+            name = f"{self.split}-{len(self.shards):06d}.tar"
+            self._file = _Replacing(self.root / name)
+            self._tar = webdataset.TarWriter(self._file, mtime=0, user="", group="")
+        self._offsets.append(self._tar.tarstream.offset)
+        self._tar.write(dict(sample))
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        self._tar.close()
+        with self._file as file:
+            path = file.path
+        with path.open("rb") as written:
+            digest = hashlib.file_digest(written, "sha256").hexdigest()
+        self.shards.append(
+            Shard(path.name, digest, path.stat().st_size, len(self._offsets), tuple(self._offsets))
+        )
+        self._file, self._offsets = None, []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        elif self._file is not None:
+            self._file.__exit__(kind, value, traceback)
+
+
+class ShardReader:
+    """Random access to the samples of a split; opens files lazily, so it travels to worker processes.
+
+    A shard's size and sha256 are checked once in each process, before its first byte is used.
+    """
+
+    MAX_OPEN = 32
+
+    def __init__(self, root: str | Path, split: Split):
+        self.root, self.split = Path(root), split
+        self._starts = np.concatenate([[0], np.cumsum(split.shard_sizes)])
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._verified: set[int] = set()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_verified": set()}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(shard, sample in it) of dataset index `index`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
+
+    def read(self, index: int) -> dict[str, bytes]:
+        """Fields of sample `index` by extension, and its key as "__key__".
+
+        Raises:
+            DataError: the sample's shard is missing or is not what the manifest lists.
+        """
+        number, sample = self.locate(index)
+        shard = self.split.shards[number]
+        start = shard.offsets[sample]
+        stop = shard.offsets[sample + 1] if sample + 1 < shard.samples else shard.bytes
+        file = self._file(number)
+        file.seek(start)
+        return parse_sample(file.read(stop - start), f"{self.root / shard.name}, sample {sample}")
+
+    def _file(self, number: int) -> BinaryIO:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self.split.shards[number]
+        path = self.root / shard.name
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); fetch the shard again") from error
+        if number not in self._verified:
+            if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+                file.close()
+                raise DataError(f"{path}: has {size} bytes instead of {shard.bytes}; fetch the shard again")
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                file.close()
+                raise DataError(f"{path}: its bytes are not those of the manifest (sha256); fetch the shard again")
+            self._verified.add(number)
+        self._open[number] = file
+        if len(self._open) > self.MAX_OPEN:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+
+def parse_sample(data: bytes, where: str) -> dict[str, Any]:
+    """Fields of the tar members in `data`, the bytes of one sample."""
+    fields: dict[str, Any] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if extension not in EXTENSIONS:
+                    raise DataError(f"{where}: field {extension!r} is refused; build the data set with `dicm data build`")
+                content = tar.extractfile(member)
+                if content is None:
+                    raise DataError(f"{where}: {member.name} is not a plain file")
+                fields["__key__"] = key
+                fields[extension] = content.read()
+    except tarfile.TarError as error:
+        raise DataError(f"{where}: damaged ({error}); fetch the shard again") from error
+    return fields

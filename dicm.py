@@ -1,0 +1,45 @@
+"""The `dicm` console command: mounts the apps of the four packages and holds no logic of its own.
+
+Errors that our packages raise are written for the user: they become one line on stderr and exit code 2. Any
+other exception is a bug and keeps its traceback. Nothing heavy is imported here or at the top of a `cli` module,
+so `dicm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from data_pipeline.cli import app as data_app
+from downstream.cli import app as downstream_app
+from pretrain.cli import app as pretrain_app
+
+__version__ = "0.1.0"
+
+OUR_PACKAGES = {"cluster", "data_pipeline", "pretrain", "downstream"}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain a codec of features without labels, freeze it, and fine-tune vision tasks on its bitstreams.",
+)
+app.add_typer(data_app, name="data")
+app.add_typer(pretrain_app)
+app.add_typer(downstream_app)
+
+
+def main() -> None:
+    """Run the command line; exit code 2 and one line on stderr for whatever the user can put right."""
+    try:
+        app()
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

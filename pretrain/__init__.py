@@ -1,0 +1,1 @@
+"""Pretraining of the feature codec: the network, self-supervision, stages, export."""

@@ -1,0 +1,82 @@
+"""Commands of pretraining and of the codec: `dicm pretrain`, `export`, `encode`, `decode`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer()
+console = Console()
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe (demo, tiny_imagenet20, dicm_resnet50) or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options to change.")] = None,
+) -> None:
+    """Pretrain a codec without labels; the same command again resumes the run.
+
+    Example: dicm pretrain tiny_imagenet20 data=data/tiny run=runs/tiny workers=2
+    """
+    from pretrain.run import resolve, run
+
+    config = resolve(recipe, overrides or [])
+    folder = run(config)
+    if (folder / "summary.json").is_file():
+        console.print(f"[bold]complete[/]: {folder}; next: dicm export {folder} codec")
+    else:
+        console.print(f"stopped with a checkpoint in {folder}; the same command continues")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder of `dicm pretrain`.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: model.safetensors, config.json, README.md.")],
+) -> None:
+    """Freeze a run's codec into a folder that FeatureCodec.from_pretrained reads.
+
+    Example: dicm export runs/tiny codec
+    """
+    from pretrain.export import export as export_codec
+
+    folder = export_codec(run, out)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
+    console.print(f"wrote {folder} ({size:.1f} MiB); next: dicm finetune classification codec={folder} data=...")
+
+
+@app.command()
+def encode(
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the streams.")],
+    codec: Annotated[str, typer.Option(help="Exported codec: folder or hub id.")] = "codec",
+) -> None:
+    """Encode images to bitstreams, NAME.dicm.
+
+    Example: dicm encode photos/ -o streams --codec codec
+    """
+    from pretrain.coding import encode_files
+
+    result = encode_files(codec, images, out, console)
+    console.print(
+        f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp"
+        + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else "")
+    )
+
+
+@app.command()
+def decode(
+    streams: Annotated[list[Path], typer.Argument(help="Bitstreams, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features, NAME.npy (C, H/4, W/4) float32.")],
+    codec: Annotated[str, typer.Option(help="Exported codec: folder or hub id.")] = "codec",
+) -> None:
+    """Decode bitstreams to features f3.
+
+    Example: dicm decode streams/ -o features --codec codec
+    """
+    from pretrain.coding import decode_files
+
+    num_files = decode_files(codec, streams, out, console)
+    console.print(f"{num_files} streams -> {out}")

@@ -1,0 +1,78 @@
+"""Sizes of the codec's network; the defaults are the authors' values (DICM, Tang, Yi, Wang 2025)."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+
+from pretrain.errors import ConfigError
+
+BLOCKS = ("conv2former", "convformer")
+
+
+@dataclass
+class CodecConfig:
+    """Everything that decides the shapes of the codec's weights and the meaning of its streams."""
+
+    backbone: str = "resnet50"  # any timm ResNet with stem and layer1..layer4
+    pretrained: bool = False  # timm's weights in the backbone to start from
+
+    re_channels: int = 128  # RE: width of its three stages
+    re_latent: int = 192  # channels of y1, at H/32
+    re_depths: list[int] = field(default_factory=lambda: [1, 1, 2])  # blocks in each stage
+    re_kernel: int = 11  # depthwise kernel of a Conv2Former block
+    block: str = "conv2former"
+
+    transform_channels: int = 128  # g_a, g_s: width at H/8
+    latent_channels: int = 192  # channels of y2, at H/16
+    rgc_orders: list[int] = field(default_factory=lambda: [2, 3, 4])
+    rgc_kernel: int = 7  # depthwise kernel of a recursive gated convolution
+
+    hyper_dim: int = 384  # h_a, h_s: width of the tokens
+    hyper_heads: int = 6
+    hyper_head_dim: int = 64
+    z_channels: int = 192  # channels of z, at H/64
+    window: int = 16  # attention is global up to window x window tokens, windowed above
+
+    base_channels: int = 0  # channels of y2 in the stream's `base` layer; 0: all, no `rest` layer
+
+    def validate(self) -> None:
+        """Refuse impossible values (ConfigError)."""
+        if self.block not in BLOCKS:
+            raise ConfigError(f"codec.block={self.block} is unknown; use {_nearest(self.block, BLOCKS)}")
+        validate_backbone(self.backbone)
+        for key, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool) and key != "base_channels" and value < 1:
+                raise ConfigError(f"codec.{key}={value} is impossible; it must be at least 1")
+        for key in ("re_depths", "rgc_orders"):
+            value = getattr(self, key)
+            if len(value) != 3 or min(value) < 1:
+                raise ConfigError(f"codec.{key}={value} needs three numbers of at least 1")
+        for key in ("re_kernel", "rgc_kernel"):
+            if getattr(self, key) % 2 == 0:
+                raise ConfigError(f"codec.{key}={getattr(self, key)} must be odd")
+        if not 0 <= self.base_channels < self.latent_channels:
+            raise ConfigError(
+                f"codec.base_channels={self.base_channels} must lie in 0..{self.latent_channels - 1} "
+                "(latent_channels - 1); 0 puts all channels into one layer"
+            )
+        divisor = 2 ** (max(self.rgc_orders) - 1)
+        for key in ("transform_channels", "latent_channels"):
+            if getattr(self, key) % (2 * divisor):
+                raise ConfigError(
+                    f"codec.{key}={getattr(self, key)} must be a multiple of {2 * divisor} for gated "
+                    f"convolutions of order {max(self.rgc_orders)}"
+                )
+
+
+def validate_backbone(name: str) -> None:
+    """Refuse what is not a ResNet of timm's (ConfigError with near names)."""
+    import timm
+
+    resnets = timm.list_models(module="resnet")
+    if name not in resnets:
+        raise ConfigError(f"codec.backbone={name} is not a timm ResNet; did you mean {_nearest(name, resnets)}?")
+
+
+def _nearest(value: str, valid: list[str] | tuple[str, ...]) -> str:
+    return " or ".join(difflib.get_close_matches(value, valid, n=3, cutoff=0.5) or list(valid)[:5])

@@ -1,0 +1,128 @@
+"""Codecs on disk: `model.safetensors` (weights, coder tables) and `config.json`; no pickle, nothing executable.
+
+    CODEC/
+      model.safetensors   state dict, and tables.{z,y2}.{cdf,lengths,offsets}
+      config.json         {"schema_version", "config", "fingerprint", "extra"}
+      README.md           written by the export; not read
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.codec.config import CodecConfig
+from pretrain.codec.entropy import CoderTables
+from pretrain.errors import CodecError
+
+if TYPE_CHECKING:
+    from pretrain.codec.feature_codec import FeatureCodec
+
+SCHEMA_VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+
+
+def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write both files, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{WEIGHTS}.{os.getpid()}"
+    try:
+        save_file(tensors, temporary)
+        os.replace(temporary, folder / WEIGHTS)
+        temporary.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **facts}, indent=2) + "\n")
+        os.replace(temporary, folder / CONFIG)
+    except (OSError, SafetensorError) as error:
+        raise CodecError(f"{folder}: cannot be written ({error}); free space or name another folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def locate(source: Path | str) -> Path:
+    """The folder of a codec; a hub id is downloaded (CodecError where it is neither)."""
+    folder = Path(source)
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.suffix in PICKLES:
+                raise CodecError(f"{folder}: holds {path.name}, a pickle, which can run code; remove it or export again")
+        for name in (WEIGHTS, CONFIG):
+            if not (folder / name).is_file():
+                raise CodecError(f"{folder}: {name} is missing; write the folder with `dicm export RUN {folder}`")
+        return folder
+    if folder.exists() or folder.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+        raise CodecError(f"{source}: no such codec folder; write one with `dicm export RUN {source}`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CodecError(
+            f"{source}: no such folder, and not fetched from the hub ({type(error).__name__}); "
+            "check the name and the connection, or write a folder with `dicm export`"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands (CodecError: damaged or newer)."""
+    path = folder / CONFIG
+    try:
+        facts = json.loads(path.read_text())
+        version = facts["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CodecError(f"{path}: damaged ({error}); export the codec again") from error
+    if version > SCHEMA_VERSION:
+        raise CodecError(f"{path}: schema version {version} is newer than this dicm reads; update dicm")
+    return facts
+
+
+def codec_config(folder: Path, facts: dict[str, Any]) -> CodecConfig:
+    """The sizes in config.json (CodecError: unknown keys or impossible values); weights are never fetched."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(CodecConfig), facts["config"], {"pretrained": False})
+        config: CodecConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        config.validate()
+    except (OmegaConfBaseException, KeyError, ValueError) as error:
+        raise CodecError(f"{folder / CONFIG}: {str(error).splitlines()[0]}; export the codec again") from error
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors (CodecError: damaged)."""
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CodecError(f"{folder / WEIGHTS}: damaged ({error}); export the codec again") from error
+
+
+def take_tables(folder: Path, tensors: dict[str, Tensor]) -> CoderTables:
+    """Remove the coder's tables from `tensors` and return them."""
+    try:
+        tables = CoderTables.from_tensors(tensors)
+    except KeyError as error:
+        raise CodecError(f"{folder / WEIGHTS}: {error} is missing; export the codec again") from error
+    for name in tables.tensors():
+        del tensors[name]
+    return tables
+
+
+def load_weights(codec: FeatureCodec, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Fill `codec` with `tensors` (CodecError naming the first that do not fit its configuration)."""
+    expected = {name: tuple(tensor.shape) for name, tensor in codec.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    different = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    if different:
+        name = different[0]
+        raise CodecError(
+            f"{folder}: weights of another configuration: {name} is {found.get(name, 'missing')} in {WEIGHTS}, "
+            f"{expected.get(name, 'unknown')} by {CONFIG} ({len(different)} differ); export the codec again"
+        )
+    codec.load_state_dict(tensors)

@@ -1,0 +1,48 @@
+"""The compression network's transforms: g_a, f2 (H/4) -> y2 (H/16), and its mirror g_s, y2_hat -> f3.
+
+      f2 -> RGC(2) -> 5x5 /2 -> LeakyReLU -> RGC(3) -> 3x3 -> RGC(4, global-local) -> 5x5 /2 -> y2
+      C1                128                             192                            192
+
+Source: DICM (Tang, Yi, Wang 2025), Fig. 3; names as in Ballé et al. 2018.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pretrain.codec.config import CodecConfig
+from pretrain.codec.gated_conv import RGCBlock
+
+
+class AnalysisTransform(nn.Sequential):
+    """g_a: f2 (N, C1, H/4, W/4) -> y2 (N, latent_channels, H/16, W/16)."""
+
+    def __init__(self, channels: int, config: CodecConfig):
+        width, latent, kernel = config.transform_channels, config.latent_channels, config.rgc_kernel
+        shallow, middle, deep = config.rgc_orders
+        super().__init__(
+            RGCBlock(channels, shallow, kernel),
+            nn.Conv2d(channels, width, 5, stride=2, padding=2),
+            nn.LeakyReLU(inplace=True),
+            RGCBlock(width, middle, kernel),
+            nn.Conv2d(width, latent, 3, padding=1),
+            RGCBlock(latent, deep, kernel, global_local=True),
+            nn.Conv2d(latent, latent, 5, stride=2, padding=2),
+        )
+
+
+class SynthesisTransform(nn.Sequential):
+    """g_s: y2_hat (N, latent_channels, H/16, W/16) -> f3 (N, C1, H/4, W/4)."""
+
+    def __init__(self, channels: int, config: CodecConfig):
+        width, latent, kernel = config.transform_channels, config.latent_channels, config.rgc_kernel
+        shallow, middle, deep = config.rgc_orders
+        super().__init__(
+            nn.ConvTranspose2d(latent, latent, 5, stride=2, padding=2, output_padding=1),
+            RGCBlock(latent, deep, kernel, global_local=True),
+            nn.Conv2d(latent, width, 3, padding=1),
+            RGCBlock(width, middle, kernel),
+            nn.LeakyReLU(inplace=True),
+            nn.ConvTranspose2d(width, channels, 5, stride=2, padding=2, output_padding=1),
+            RGCBlock(channels, shallow, kernel),
+        )

@@ -1,0 +1,147 @@
+"""Options of a pretraining run: dataclasses are the schema, the recipes beside this file hold the values.
+
+`PretrainConfig` is what `dicm pretrain RECIPE key=value ...` resolves to and what is saved as `config.yaml` in
+the run folder. Weights and schedules of the four stages are those of DICM where the recipe says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from data_pipeline.views import ViewConfig
+from pretrain.codec.config import CodecConfig
+from pretrain.errors import ConfigError
+from pretrain.ssl.config import SSLConfig
+
+PARTS = ("backbone", "redundancy", "compression")
+OPTIMIZERS = ("sgd", "adam", "adamw")
+PRECISIONS = ("fp32", "bf16")
+LAUNCHERS = ("ray", "local")
+
+
+@dataclass
+class StageConfig:
+    """One stage: what it trains and the weights of its loss.
+
+    `contrast * SSL + rate * bpp + distortion * |f| + sum_k features[k] * MSE(layer k)`. What `rate` and
+    `distortion` measure follows from the deepest part that is trained: y1 and L1(f1, f2) for the redundancy
+    elimination, y2 + z and MSE(f2, f3) for the compression network.
+    """
+
+    name: str = MISSING
+    trains: list[str] = field(default_factory=list)  # of PARTS
+    epochs: float = 1.0
+    batch_size: int = 256  # global, over all workers
+    image_size: int | None = None  # pixels of a view, where it differs from the run's
+    contrast: float = 0.0
+    rate: float = 0.0
+    distortion: float = 0.0
+    features: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # layer2, layer3, layer4
+    relative: bool = False  # divide each distortion by the mean magnitude (L1) or square (MSE) of its target
+    target_bpp: float | None = None  # the rate weight follows by dual ascent until bpp holds this value
+    dual_rate: float = 0.02  # step size of that ascent, on the weight's logarithm
+    optimizer: str = "sgd"
+    lr: float = 0.03
+    weight_decay: float = 0.0
+    warmup: float = 0.0  # share of the stage over which the learning rate rises linearly
+    cosine: bool = True  # decay to zero along half a cosine; otherwise constant
+    clip: float = 0.0  # gradient norm; 0 leaves gradients alone
+
+
+@dataclass
+class PretrainConfig:
+    """Everything a pretraining run depends on."""
+
+    data: str = MISSING  # folder with dataset.json and shards
+    run: str = "runs/pretrain"  # run folder; running again with the same one resumes
+    init: str | None = None  # exported codec (folder or hub id) to start from
+    split: str = "train"
+    image_size: int = 224  # pixels of a view
+    canvas_size: int = 256  # pixels of the square to which an image is decoded
+    seed: int = 0
+
+    workers: int = 1
+    launcher: str = "ray"
+    precision: str = "bf16"
+    channels_last: bool = True
+    compile: bool = False
+    accumulate: int = 1  # micro-batches a step
+    shard_optimizer: bool = False  # fairscale OSS: each rank keeps its share of the optimizer's state
+    activation_checkpointing: bool = False  # fairscale: recompute residual stages in the backward pass
+    num_workers: int = 0  # decoding processes a worker
+    shuffle_shards: int = 16
+    num_lanes: int = 128
+
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    ssl: SSLConfig = field(default_factory=SSLConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+
+    log_every: int = 10  # steps
+    picture_every: int = 200  # steps between pictures of heatmaps, boxes and crops
+    checkpoint_every: int = 200  # steps; also at the end of every stage
+    keep_checkpoints: int = 2
+    knn_every: float = 0.0  # epochs between kNN evaluations; 0: at the end of every stage alone
+    knn_samples: int = 10_000  # training samples in the kNN's bank; 0 turns the evaluation off
+
+    def validate(self) -> None:
+        """Refuse what cannot work, before any work starts (ConfigError)."""
+        self.codec.validate()
+        self.ssl.validate()
+        _one_of("launcher", self.launcher, LAUNCHERS)
+        _one_of("precision", self.precision, PRECISIONS)
+        for key in ("workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
+            if not self.stages:
+            raise ConfigError("stages is empty; choose a recipe that names at least one stage")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"stages has a name twice: {', '.join(names)}; give each its own")
+        for stage in self.stages:
+            _validate_stage(stage, self)
+
+
+def _validate_stage(stage: StageConfig, config: PretrainConfig) -> None:
+    key = f"stages.{stage.name}"
+    for part in stage.trains:
+        _one_of(f"{key}.trains", part, PARTS)
+    if not stage.trains:
+        raise ConfigError(f"{key}.trains is empty; name at least one of {', '.join(PARTS)}")
+    if "compression" in stage.trains and len(stage.trains) > 1:
+        raise ConfigError(f"{key}.trains={stage.trains}: the compression network is trained alone")
+    if ("backbone" in stage.trains) != (stage.contrast > 0):
+        raise ConfigError(
+            f"{key}.contrast={stage.contrast:g} with trains={stage.trains}: "
+            "the backbone learns from the contrastive loss and nothing else does"
+        )
+    _one_of(f"{key}.optimizer", stage.optimizer, OPTIMIZERS)
+    if stage.image_size is not None:
+        _image_size(f"{key}.image_size", stage.image_size)
+    if stage.epochs <= 0:
+        raise ConfigError(f"{key}.epochs={stage.epochs:g} is impossible; leave the stage out to skip it")
+    share = config.workers * config.accumulate
+    if stage.batch_size < 2 * share:
+        raise ConfigError(
+            f"{key}.batch_size={stage.batch_size} leaves less than two images for each of {config.workers} "
+            f"worker(s) x {config.accumulate} micro-batch(es); use at least {2 * share}"
+        )
+    if len(stage.features) != 3:
+        raise ConfigError(f"{key}.features={stage.features} needs three weights: layer2, layer3, layer4")
+    if stage.target_bpp is not None and (stage.target_bpp <= 0 or stage.rate <= 0):
+        raise ConfigError(
+            f"{key}.target_bpp={stage.target_bpp:g} needs a positive target and a positive rate weight to "
+            f"start from (rate={stage.rate:g})"
+        )
+
+
+def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ConfigError(f"{key}={value} is unknown; use one of {', '.join(valid)}")
+
+
+def _image_size(key: str, value: int) -> None:
+    if value < 32 or value % 32:
+        raise ConfigError(f"{key}={value} is not a positive multiple of 32, the backbone's stride")

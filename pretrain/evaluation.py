@@ -1,0 +1,112 @@
+"""What a run measures of itself: kNN accuracy of its features and the bytes of its real streams.
+
+kNN (Wu et al. 2018) needs no training, so it tells at any time how much of the classes the frozen features hold.
+Images are the central squares of the samples, at the run's `image_size`, without augmentation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.runtime import Runtime
+from data_pipeline.loader import eval_loader
+from data_pipeline.shards import Manifest
+from data_pipeline.views import center_images, normalize
+from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.config import PretrainConfig, StageConfig
+from pretrain.guided_views import autocast
+from pretrain.ssl.evaluation import knn_accuracy
+
+EVALUATION_BATCH = 128
+
+
+def pooled_features(codec: FeatureCodec, images: Tensor, depth: str) -> Tensor:
+    """Pooled layer4 (N, D) of normalised images (N, 3, H, W), read at `depth`: f1, f2 or f3.
+
+    f2 and f3 are those of the frozen codec, with real rounding.
+    """
+    if depth == "f3":
+        features = codec.features(images)
+    else:
+        features = codec.backbone.head(images)
+        if depth == "f2":
+            features, _ = codec.redundancy(features)
+    return codec.backbone.pool(codec.backbone.tail(features)[-1])
+
+
+def depth_of(stage: StageConfig) -> str:
+    """How deep the path of features goes once `stage` has trained: f1, f2 or f3."""
+    if "compression" in stage.trains:
+        return "f3"
+    return "f2" if "redundancy" in stage.trains else "f1"
+
+
+def measure_knn(
+    runtime: Runtime, config: PretrainConfig, codec: FeatureCodec, manifest: Manifest, stage: StageConfig
+) -> dict[str, float]:
+    """{"knn": accuracy in 0..1, of val against train}; empty where labels or a val split are missing.
+
+    Leaves the codec in eval mode. Every rank embeds its share of the images.
+    """
+    if not config.knn_samples or not manifest.classes or "val" not in manifest.splits:
+        return {}
+    codec.eval()
+    banks = []
+    for split in (config.split, "val"):
+        limit = min(config.knn_samples, manifest.split(split).num_samples)
+        loader = eval_loader(
+            config.data,
+            split,
+            canvas_size=config.canvas_size,
+            batch_size=EVALUATION_BATCH,
+            rank=runtime.rank,
+            world=runtime.world,
+            limit=limit - limit % runtime.world,  # equal shares, so that they can be gathered
+        )
+        features, labels = [], []
+        with torch.inference_mode():
+            for batch in loader:
+                canvas, aspect = batch.canvas.to(runtime.device), batch.aspect.to(runtime.device)
+                images = normalize(center_images(canvas, aspect, config.image_size).float().div(255))
+                with autocast(config, runtime.device):
+                    features.append(pooled_features(codec, images, depth_of(stage)).float())
+                labels.append(batch.label.to(runtime.device))
+        banks += [runtime.gather(torch.cat(features)), runtime.gather(torch.cat(labels))]
+    return {"knn": knn_accuracy(*banks)}
+
+
+def measure_streams(config: PretrainConfig, codec: FeatureCodec, split: str, limit: int = 256) -> dict[str, float]:
+    """Mean size of real streams over the first `limit` images of `split`, in bits per pixel and bytes."""
+    codec.eval()
+    loader = eval_loader(config.data, split, canvas_size=config.canvas_size, batch_size=32, limit=limit)
+    streams: list[bytes] = []
+    for batch in loader:
+        streams += codec.encode_batch(center_images(batch.canvas, batch.aspect, config.image_size))
+    num_bytes = sum(map(len, streams)) / len(streams)
+    return {
+        "bpp": num_bytes * 8 / config.image_size**2,
+        "bytes": num_bytes,
+        "images": len(streams),
+        "image_size": config.image_size,
+    }
+
+
+def write_summary(runtime: Runtime, config: PretrainConfig, codec: FeatureCodec, progress: dict[str, Any]) -> None:
+    """Write RUN/summary.json on rank 0: progress, and the real rate where a compression network was trained."""
+    if runtime.rank == 0:
+        summary: dict[str, Any] = {"progress": progress}
+        if any("compression" in stage.trains for stage in config.stages):
+            splits = Manifest.load(config.data).splits
+            split = "val" if "val" in splits else config.split
+            summary["streams"] = {"split": split, **measure_streams(config, codec.to("cpu"), split)}
+        path = Path(config.run) / "summary.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        os.replace(temporary, path)
+    runtime.barrier()

@@ -1,0 +1,123 @@
+"""What a stage minimises: one module for each kind of loss, so that DDP and `torch.compile` wrap all of a step.
+
+Each takes normalised views (N, 3, H, W) and returns `Losses`: the scalar to descend on and the parts of it that
+the log names. The rate is in bits per pixel of the view, from likelihoods (N, ...) in (0, 1].
+Source: DICM (Tang, Yi, Wang 2025), with the weights of section 3 of the plan in the recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.config import StageConfig
+from pretrain.ssl.methods import Method
+
+
+class Losses(NamedTuple):
+    """`total` is what is minimised; `parts` are detached scalars by name."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+def bits_per_pixel(likelihoods: list[Tensor], images: Tensor) -> Tensor:
+    """Mean estimated rate of a batch: -log2 of all likelihoods over all pixels of `images` (N, 3, H, W)."""
+    num_pixels = images.shape[0] * images.shape[-2] * images.shape[-1]
+    nats = torch.stack([likelihood.float().log().sum() for likelihood in likelihoods]).sum()
+    return nats / (-math.log(2) * num_pixels)
+
+
+def l1_distance(f2: Tensor, f1: Tensor, relative: bool) -> Tensor:
+    """Mean |f1 - f2|; `relative` divides it by the mean |f1|."""
+    target = f1.detach() if relative else f1
+    distance = F.l1_loss(f2.float(), target.float())
+    return distance / target.float().abs().mean().clamp_min(1e-6) if relative else distance
+
+
+def mse_distance(output: Tensor, target: Tensor, relative: bool) -> Tensor:
+    """Mean squared difference; `relative` divides it by the mean square of the target."""
+    distance = F.mse_loss(output.float(), target.float())
+    return distance / target.float().square().mean().clamp_min(1e-12) if relative else distance
+
+
+class ContrastObjective(nn.Module):
+    """Stages `ssl` and `joint`: the contrastive loss, with RE in the path its rate and L1(f1, f2) as well."""
+
+    def __init__(self, method: Method, stage: StageConfig):
+        super().__init__()
+        self.method = method
+        self.stage = stage
+
+    def forward(self, view0: Tensor, view1: Tensor, rate_weight: Tensor) -> Losses:
+        contrast, outputs = self.method(view0, view1)
+        total = self.stage.contrast * contrast
+        parts = {"contrast": contrast.detach()}
+        if outputs[0].f2 is not None:
+            bpp = torch.stack(
+                [bits_per_pixel([output.y1_likelihoods], view0) for output in outputs]
+            ).mean()
+            distortion = torch.stack(
+                [l1_distance(output.f2, output.f1, self.stage.relative) for output in outputs]
+            ).mean()
+            total = total + rate_weight * bpp + self.stage.distortion * distortion
+            parts |= {"bpp": bpp.detach(), "distortion": distortion.detach()}
+        return Losses(total, parts)
+
+
+class RedundancyObjective(nn.Module):
+    """Stage `redundancy`: RE learns to keep f1 under a rate; the backbone before it is frozen."""
+
+    def __init__(self, codec: FeatureCodec, stage: StageConfig):
+        super().__init__()
+        self.redundancy = codec.redundancy
+        self.frozen = (codec.backbone,)  # a tuple hides it from DDP and from train()
+        self.stage = stage
+
+    def forward(self, view: Tensor, rate_weight: Tensor) -> Losses:
+        with torch.no_grad():
+            f1 = self.frozen[0].head(view)
+        f2, likelihoods = self.redundancy(f1)
+        bpp = bits_per_pixel([likelihoods], view)
+        distortion = l1_distance(f2, f1, self.stage.relative)
+        total = rate_weight * bpp + self.stage.distortion * distortion
+        return Losses(total, {"bpp": bpp.detach(), "distortion": distortion.detach()})
+
+
+class CompressionObjective(nn.Module):
+    """Stage `codec`: the compression network learns f2 -> f3 under the rate of y2 and z.
+
+    Fidelity is asked for where tasks read: MSE(f2, f3) and the same for the tail's layer2, layer3 and layer4.
+    """
+
+    def __init__(self, codec: FeatureCodec, stage: StageConfig):
+        super().__init__()
+        self.transforms = nn.ModuleList([codec.g_a, codec.g_s, codec.h_a, codec.h_s, codec.entropy])
+        self.codec = (codec,)
+        self.stage = stage
+
+    def forward(self, view: Tensor, rate_weight: Tensor) -> Losses:
+        (codec,) = self.codec
+        with torch.no_grad():
+            f2, _ = codec.redundancy(codec.backbone.head(view))
+        f3, likelihoods = codec.compress_features(f2)
+        bpp = bits_per_pixel(list(likelihoods.values()), view)
+        distortion = mse_distance(f3, f2, self.stage.relative)
+        total = rate_weight * bpp + self.stage.distortion * distortion
+        parts = {"bpp": bpp.detach(), "distortion": distortion.detach()}
+        if any(self.stage.features):
+            with torch.no_grad():
+                targets = codec.backbone.tail(f2)
+            outputs = codec.backbone.tail(f3)
+            for layer, weight, output, target in zip(
+                ("layer2", "layer3", "layer4"), self.stage.features, outputs, targets, strict=True
+            ):
+                distance = mse_distance(output, target, self.stage.relative)
+                total = total + weight * distance
+                parts[layer] = distance.detach()
+        return Losses(total, parts)

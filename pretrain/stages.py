@@ -1,0 +1,145 @@
+"""A stage made ready: who learns, who is frozen, the objective, the optimizer and the schedule.
+
+The four stages of DICM run one after another in one run; each trains the parts its `StageConfig.trains` names:
+`backbone` (and the heads of the contrastive loss), `redundancy` (RE), `compression` (g_a, g_s, h_a, h_s and the
+entropy models). All else is frozen, its batch norms use their running statistics and its rounding is real.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.runtime import Runtime
+from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.config import PretrainConfig, StageConfig
+from pretrain.objectives import CompressionObjective, ContrastObjective, RedundancyObjective
+from pretrain.ssl.methods import Method
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+class Stage:
+    """One stage over `codec` and `method`; holds nothing that is not derived from the config and the model.
+
+    Attributes:
+        objective: the module to call, wrapped for DDP and compiled where the config says so.
+        optimizer: over the trained parameters; OSS where `shard_optimizer` is on and there are several ranks.
+        num_samples, num_steps: length of the stage.
+    """
+
+    def __init__(
+        self,
+        stage: StageConfig,
+        config: PretrainConfig,
+        codec: FeatureCodec,
+        method: Method,
+        runtime: Runtime,
+        dataset_size: int,
+    ):
+        self.config = stage
+        self.name = stage.name
+        self.image_size = stage.image_size or config.image_size
+        self.num_samples = round(stage.epochs * dataset_size)
+        self.num_steps = math.ceil(self.num_samples / stage.batch_size)
+        self.contrastive = stage.contrast > 0
+        self.distributed = runtime.world > 1
+
+        set_trained_parts(stage, codec, method)
+        objective = self._objective(codec, method)
+        if config.compile:
+            objective.compile()
+        self.module = objective
+        self.objective: nn.Module = (
+            DistributedDataParallel(objective, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
+            if self.distributed
+            else objective
+        )
+        self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        self.optimizer = create_optimizer(stage, self.parameters, config.shard_optimizer and self.distributed)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=self.num_steps,
+            warmup_t=round(stage.warmup * self.num_steps),
+            warmup_lr_init=stage.lr * 1e-2,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def set_learning_rate(self, step: int) -> float:
+        """Set and return the learning rate of step `step` of this stage."""
+        if self.config.cosine or step < self.scheduler.warmup_t:
+            self.scheduler.step_update(min(step, self.num_steps - 1))
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _objective(self, codec: FeatureCodec, method: Method) -> nn.Module:
+        if self.contrastive:
+            return ContrastObjective(method, self.config)
+        if "redundancy" in self.config.trains:
+            return RedundancyObjective(codec, self.config)
+        return CompressionObjective(codec, self.config)
+
+
+def set_trained_parts(stage: StageConfig, codec: FeatureCodec, method: Method) -> None:
+    """Freeze all, then wake what `stage.trains` names: gradients on, training mode on."""
+    for module in (codec, method):
+        module.eval()
+        module.requires_grad_(False)
+    if stage.contrast > 0:
+        method.set_redundancy("redundancy" in stage.trains)
+        method.train()
+        codec.redundancy.eval()
+        for name, parameter in method.named_parameters():
+            if not name.startswith(("encoder.", "momentum_encoder.")):
+                parameter.requires_grad_(method.trains(name))
+    for module in trained_modules(stage, codec):
+        module.train()
+        module.requires_grad_(True)
+    for entropy_model in codec.modules():
+        # Quantiles are solved by bisection when coder tables are built; no gradient reaches them.
+        if isinstance(quantiles := getattr(entropy_model, "quantiles", None), nn.Parameter):
+            quantiles.requires_grad_(False)
+
+
+def trained_modules(stage: StageConfig, codec: FeatureCodec) -> Iterator[nn.Module]:
+    """The codec's modules that `stage` trains."""
+    if "backbone" in stage.trains:
+        yield codec.backbone
+    if "redundancy" in stage.trains:
+        yield codec.redundancy
+    if "compression" in stage.trains:
+        yield from (codec.g_a, codec.g_s, codec.h_a, codec.h_s, codec.entropy)
+
+
+def create_optimizer(
+    stage: StageConfig, parameters: list[nn.Parameter], shard: bool
+) -> torch.optim.Optimizer:
+    """The stage's optimizer; biases, norms and scales of one dimension are not decayed.
+
+    `shard` keeps each rank's share of the state only (fairscale OSS; ZeRO stage 1, Rajbhandari et al. 2020).
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options = {"lr": stage.lr, "weight_decay": stage.weight_decay}
+    if stage.optimizer == "sgd":
+        options["momentum"] = 0.9
+    if shard:
+        from fairscale.optim.oss import OSS
+
+        return OSS(groups, optim=OPTIMIZERS[stage.optimizer], **options)
+    return OPTIMIZERS[stage.optimizer](groups, **options)
+
+
+def total_steps(config: PretrainConfig, dataset_size: int) -> int:
+    """Optimizer steps of a whole run."""
+    return sum(
+        math.ceil(round(stage.epochs * dataset_size) / stage.batch_size) for stage in config.stages
+    )

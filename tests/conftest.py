@@ -1,0 +1,81 @@
+"""Small real things that many tests use: scenes as shards, a run through all stages, its exported codec."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+NARROW = [
+    "codec.re_channels=16", "codec.re_latent=16", "codec.re_depths=[1,1,1]", "codec.transform_channels=16",
+    "codec.latent_channels=16", "codec.hyper_dim=24", "codec.hyper_heads=2", "codec.hyper_head_dim=12",
+    "codec.z_channels=8", "ssl.queue=64", "ssl.hidden_dim=32", "ssl.dim=16", "ssl.heatmap.warmup=0",
+]  # fmt: skip
+SHORT = ["stages.ssl.batch_size=16", "stages.redundancy.batch_size=16", "stages.joint.batch_size=16",
+         "stages.codec.batch_size=16", "stages.ssl.epochs=1", "stages.redundancy.epochs=0.5",
+         "stages.joint.epochs=0.5", "stages.codec.epochs=0.5", "knn_samples=32", "log_every=1"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_per_worker() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 48 + 16 procedural scenes of 64 px."""
+    from data_pipeline.scenes import write_scenes
+
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, train=48, val=16, size=64, seed=0)
+    return folder
+
+
+def small_run(data: Path, run: Path, *overrides: str):
+    """The options of a run of seconds: recipe `small`, narrow and short, plain torch, one worker."""
+    from pretrain.run import resolve
+
+    options = [f"data={data}", f"run={run}", "launcher=local", "workers=1", *NARROW, *SHORT]
+    return resolve("small", [*options, *overrides])
+
+
+@pytest.fixture(scope="session")
+def pretrained_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run through the four stages."""
+    from pretrain.run import run
+
+    return run(small_run(scenes, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+@pytest.fixture(scope="session")
+def exported_codec(pretrained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The codec of `pretrained_run`, exported."""
+    from pretrain.export import export
+
+    return export(pretrained_run, tmp_path_factory.mktemp("codecs") / "codec")
+
+
+def dicm(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the console command as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "dicm", *map(str, arguments)],
+        cwd=cwd or REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2, one line on stderr that holds all `words`, no traceback."""
+    assert result.returncode == 2, result.stderr + result.stdout
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr

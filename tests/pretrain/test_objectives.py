@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.objectives import bits_per_pixel, l1_distance, mse_distance
+
+
+def test_bits_per_pixel__one_bit_a_symbol():
+    images = torch.zeros(2, 3, 8, 8)
+    likelihoods = [torch.full((2, 4, 2, 2), 0.5), torch.full((2, 1, 1, 1), 0.25)]
+    expected = (2 * 16 * 1 + 2 * 1 * 2) / (2 * 64)
+    assert bits_per_pixel(likelihoods, images).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_distances__relative_ones_do_not_depend_on_scale(scale: float):
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2, 3, 4, 4, generator=generator)
+    output = target + 0.1 * torch.randn(2, 3, 4, 4, generator=generator)
+    for distance in (l1_distance, mse_distance):
+        assert distance(scale * output, scale * target, True).item() == pytest.approx(
+            distance(output, target, True).item(), rel=1e-4
+        )
+
+
+def test_distances__absolute_values():
+    assert l1_distance(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0]), False).item() == pytest.approx(1.5)
+    assert mse_distance(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0]), False).item() == pytest.approx(2.5)

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NARROW, REPOSITORY, SHORT, small_run
+
+from cluster.checkpoint import CheckpointStore
+from pretrain.run import run
+
+STAGES = ["ssl", "redundancy", "joint", "codec"]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def test_run__all_stages_leave_what_the_run_folder_promises(pretrained_run: Path):
+    rows = [json.loads(line) for line in (pretrained_run / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert sorted({row["stage"] for row in trained}) == sorted(STAGES)
+    assert [row["step"] for row in trained] == list(range(1, trained[-1]["total_steps"] + 1))
+    assert all(row["images_per_second"] > 0 for row in trained)
+    assert {row["stage"] for row in trained if "bpp" in row} == {"redundancy", "joint", "codec"}
+    assert {row["stage"] for row in rows if "knn" in row} == set(STAGES)
+    assert list((pretrained_run / "tensorboard").iterdir())
+    assert list((pretrained_run / "samples").glob("guidance_*.png"))
+    assert json.loads((pretrained_run / "summary.json").read_text())["streams"]["bpp"] > 0
+    assert CheckpointStore(pretrained_run / "checkpoints").newest() == trained[-1]["step"]
+
+
+def test_run__each_stage_changes_only_what_it_trains(scenes: Path, tmp_path: Path):
+    """Parameters and statistics at the ends of the stages, part by part."""
+    folder = run(small_run(scenes, tmp_path, "keep_checkpoints=100", "checkpoint_every=100"))
+    store = CheckpointStore(folder / "checkpoints")
+    states = [store.load(step) for step in store.steps()]
+    assert [state["progress"]["stage"] for state in states] == [0, 1, 2, 3]
+
+    def changed(before: dict, after: dict) -> set[str]:
+        return {
+            key.split(".")[0]
+            for key in before["codec"]
+            if "quantiles" not in key and not torch.equal(before["codec"][key], after["codec"].get(key, before["codec"][key]))
+        } - {"entropy"}
+
+    assert changed(states[0], states[1]) == {"redundancy"}
+    assert changed(states[1], states[2]) == {"backbone", "redundancy"}
+    assert changed(states[2], states[3]) == {"g_a", "g_s", "h_a", "h_s"}
+
+
+@pytest.mark.slow
+def test_run__killed_at_any_moment_continues_bit_for_bit(scenes: Path, tmp_path: Path):
+    """SIGKILL twice, at moments of no importance; losses of the whole run equal those of an uninterrupted one."""
+    options = ["checkpoint_every=2", "seed=7"]
+    whole = run(small_run(scenes, tmp_path / "whole", *options))
+    command = [sys.executable, "-m", "dicm", "pretrain", "small", f"data={scenes}", f"run={tmp_path / 'killed'}",
+               "launcher=local", "workers=1", *NARROW, *SHORT, *options]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for lines in (3, 6):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= lines:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.05)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert losses(tmp_path / "killed") == losses(whole)
+
+
+@pytest.mark.parametrize("method", ["simsiam", "byol", "simclr"])
+def test_run__every_method_trains(method: str, scenes: Path, tmp_path: Path):
+    config = small_run(scenes, tmp_path, f"ssl.method={method}", "stages.ssl.epochs=0.5", "knn_samples=0")
+    config.stages = config.stages[:1]
+    values = losses(run(config))
+    assert len(values) == 2
+    assert all(value == value for value in values.values())
+
+
+@pytest.mark.parametrize("heatmap", ["eigencam", "none"])
+def test_run__heatmaps_by_name(heatmap: str, scenes: Path, tmp_path: Path):
+    config = small_run(scenes, tmp_path, f"ssl.heatmap.method={heatmap}", "stages.ssl.epochs=0.5", "knn_samples=0")
+    config.stages = config.stages[:1]
+    assert losses(run(config))
+
+
+def test_run__target_bpp_moves_the_weight_towards_the_target(scenes: Path, tmp_path: Path):
+    """A target far above the measured rate lowers the weight of the rate, one far below raises it."""
+    weights = {}
+    for target in (100.0, 1e-4):
+        folder = tmp_path / str(target)
+        config = small_run(scenes, folder, f"stages.codec.target_bpp={target}", "knn_samples=0")
+        config.stages = config.stages[-1:]
+        rows = [json.loads(line) for line in (run(config) / "metrics.jsonl").read_text().splitlines()]
+        weights[target] = [row["rate_weight"] for row in rows]
+    assert weights[100.0] == sorted(weights[100.0], reverse=True)
+    assert weights[1e-4] == sorted(weights[1e-4])
+    assert weights[100.0][-1] < weights[1e-4][-1]
+
+
+@pytest.mark.slow
+def test_run__sharded_optimizer_and_recomputed_activations_change_no_loss(scenes: Path, tmp_path: Path):
+    """fairscale's OSS and checkpoint_wrapper on two workers, step by step against plain DDP."""
+    options = ["workers=2", "precision=fp32", "stages.ssl.optimizer=adamw", "stages.ssl.lr=1e-3", "knn_samples=0"]
+    values = {}
+    for name, extra in {
+        "plain": [],
+        "sharded": ["shard_optimizer=true"],
+        "recomputed": ["activation_checkpointing=true"],
+    }.items():
+        config = small_run(scenes, tmp_path / name, *options, *extra)
+        config.stages = config.stages[:1]
+        values[name] = list(losses(run(config)).values())
+    assert values["sharded"] == pytest.approx(values["plain"], rel=1e-5)
+    assert values["recomputed"] == pytest.approx(values["plain"], rel=1e-5)
+
+
+def test_run__micro_batches_see_all_images(scenes: Path, tmp_path: Path):
+    config = small_run(scenes, tmp_path, "accumulate=2", "knn_samples=0")
+    config.stages = config.stages[1:2]
+    rows = [json.loads(line) for line in (run(config) / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["samples_seen"] == 32
