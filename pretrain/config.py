@@ -78,6 +78,7 @@ class PretrainConfig:
     ssl: SSLConfig = field(default_factory=SSLConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     stages: list[StageConfig] = field(default_factory=list)
+    only: list[str] = field(default_factory=list)  # names of the stages to run; empty: all
 
     log_every: int = 10  # steps
     picture_every: int = 200  # steps between pictures of heatmaps, boxes and crops
@@ -98,6 +99,10 @@ class PretrainConfig:
             if not self.stages:
             raise ConfigError("stages is empty; choose a recipe that names at least one stage")
         names = [stage.name for stage in self.stages]
+        for name in self.only:
+            _one_of("only", name, tuple(names))
+        if self.only:
+            self.stages = [stage for stage in self.stages if stage.name in self.only]
         if len(set(names)) < len(names):
             raise ConfigError(f"stages has a name twice: {', '.join(names)}; give each its own")
         for stage in self.stages:

@@ -1,0 +1,1 @@
+"""How a function runs on N workers: runtime, Ray, checkpoints, metrics, recipes."""

@@ -1,0 +1,30 @@
+"""The self-supervised methods by name; each in a file of its own with the same few members (see `base.Method`)."""
+
+from __future__ import annotations
+
+from pretrain.errors import CodecError
+from pretrain.ssl.config import SSLConfig, nearest
+from pretrain.ssl.encoder import Encoder
+from pretrain.ssl.methods.base import Method
+from pretrain.ssl.methods.byol import BYOL
+from pretrain.ssl.methods.moco import MoCo
+from pretrain.ssl.methods.simclr import SimCLR
+from pretrain.ssl.methods.simsiam import SimSiam
+
+__all__ = ["METHODS", "Method", "create_method"]
+
+METHODS: dict[str, type[Method]] = {"moco": MoCo, "simsiam": SimSiam, "byol": BYOL, "simclr": SimCLR}
+
+
+def create_method(config: SSLConfig, encoder: Encoder, distributed: bool) -> Method:
+    """The method that `config.method` names, around `encoder`.
+
+    Heads and queue are drawn from torch's global generator: seed it alike on all ranks before. `distributed` says
+    that losses, queue and batch statistics span the ranks of torch.distributed's default group.
+
+    Raises:
+        CodecError: there is no such method.
+    """
+    if config.method not in METHODS:
+        raise CodecError(f"method {config.method} is unknown; use {nearest(config.method, list(METHODS))}")
+    return METHODS[config.method](config, encoder, distributed)
