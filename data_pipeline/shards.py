@@ -17,9 +17,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,6 +149,26 @@ class _Replacing(io.FileIO):
 
 
 _replacing = _Replacing
+
+
+@contextmanager
+def new_dataset(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` when the block ends well, and is removed otherwise.
+
+    Raises:
+        DataError: `out` holds something already, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: is there already; name a new folder or remove it")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); free space or name another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ShardWriter:
