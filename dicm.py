@@ -7,7 +7,11 @@ so `dicm --help` answers at once.
 
 from __future__ import annotations
 
+import os
 import sys
+
+# OpenMP's threads spin while they wait; where other processes share the cores, a step then takes ten times longer.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 

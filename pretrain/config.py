@@ -96,7 +96,8 @@ class PretrainConfig:
         for key in ("workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
-            if not self.stages:
+        _image_size("image_size", self.image_size)
+        if not self.stages:
             raise ConfigError("stages is empty; choose a recipe that names at least one stage")
         names = [stage.name for stage in self.stages]
         for name in self.only:

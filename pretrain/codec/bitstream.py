@@ -1,10 +1,13 @@
 """The container of a stream: header, layer table, payloads; documented byte by byte in docs/bitstream.md.
 
-    magic 2 | version 1 | layers 1 | fingerprint 4 | H varint | W varint | per layer: length varint, digest 2, check 4 | payloads
+    magic 2 | version, flags, layers 1 | fingerprint 4 | H varint | W varint
+    per layer: length varint | digest 2 | check 4
+    payloads
 
-A layer's check is the CRC-32C of the header's fixed part and its payload, so no flipped bit goes unseen and nothing
-is allocated for a size that was not sent; its digest is that of the symbols, so a decoder that drew other
-tables than the encoder notices. Layers are `z`, then groups of y2's channels: a reader may stop after any of them.
+`base` holds z and the first group of y2's channels, `rest` the others; a reader may stop after any layer, and
+then needs no byte behind it. A layer's check is the CRC-32C of everything before it but the table, so no
+flipped bit and no layer of another stream goes unseen, and nothing is allocated for what was not sent. Its
+digest is that of its symbols: a decoder that drew other tables than the encoder notices.
 """
 
 from __future__ import annotations
@@ -19,36 +22,58 @@ from pretrain.errors import BitstreamError
 
 MAGIC = b"\xd1\xc3"
 VERSION = 1
-LAYER_NAMES = ("z", "base", "rest")
+LAYER_NAMES = ("base", "rest")
 FINGERPRINT_BYTES = 4
-FIXED_BYTES = 4 + FINGERPRINT_BYTES
-MAX_SIDE = 1 << 16
+FIXED_BYTES = 3 + FINGERPRINT_BYTES
+MIN_SIDE = 16
+MAX_SIDE = (1 << 16) - 1
+MAX_PIXELS = 1 << 27
+FLAGS_MASK, LAYERS_MASK = 0b1000, 0b0111
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: its name, the bytes of its symbols and their digest."""
+    """One layer: the bytes of its symbols and their digest."""
 
-    name: str
     payload: bytes
     digest: int  # 16 bits
 
 
 @dataclass(frozen=True)
 class StreamInfo:
-    """What the header of a stream says."""
+    """What the header of a stream says.
+
+    Attributes:
+        fingerprint: hexadecimal, of the codec that wrote it (the first 4 bytes of
+        `FeatureCodec.fingerprint`). layers: bytes of each layer's payload, by name, in order. header_bytes:
+        everything before the first payload.
+    """
 
     version: int
-    fingerprint: str  # of the codec that wrote it, hexadecimal
+    fingerprint: str
     height: int
     width: int
-    layers: dict[str, int]  # bytes of each layer's payload
+    layers: dict[str, int]
     header_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the whole stream."""
+        return self.header_bytes + sum(self.layers.values())
 
     @property
     def bits_per_pixel(self) -> float:
         """Rate of the whole stream."""
-        return 8 * (self.header_bytes + sum(self.layers.values())) / (self.height * self.width)
+        return 8 * self.num_bytes / (self.height * self.width)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A row of the layer table."""
+
+    length: int
+    digest: int
+    check: int
 
 
 def symbol_digest(symbols: Tensor) -> int:
@@ -58,11 +83,14 @@ def symbol_digest(symbols: Tensor) -> int:
 
 def pack(fingerprint: bytes, height: int, width: int, layers: Sequence[Layer]) -> bytes:
     """The stream of an image of height x width pixels."""
-    fixed = MAGIC + bytes([VERSION, len(layers)]) + fingerprint + _varint(height) + _varint(width)
-    table = b"".join(
-        _varint(len(layer.payload)) + layer.digest.to_bytes(2, "little") + _check(fixed, layer.name, layer.payload)
-        for layer in layers
-    )
+    fixed = MAGIC + bytes([VERSION << 4 | len(layers)]) + fingerprint[:FINGERPRINT_BYTES]
+    fixed += _varint(height) + _varint(width)
+    table, check = b"", google_crc32c.value(fixed)
+    for layer in layers:
+        check = _extend(check, layer.digest, layer.payload)
+        table += (
+            _varint(len(layer.payload)) + layer.digest.to_bytes(2, "little") + check.to_bytes(4, "little")
+        )
     return fixed + table + b"".join(layer.payload for layer in layers)
 
 
@@ -71,58 +99,80 @@ def describe(stream: bytes) -> StreamInfo:
     return _parse(stream)[0]
 
 
-def unpack(stream: bytes, fingerprint: bytes) -> tuple[StreamInfo, list[Layer]]:
-    """All layers of a stream, each checked.
+def unpack(
+    stream: bytes, fingerprint: bytes, num_layers: int | None = None
+) -> tuple[StreamInfo, list[Layer]]:
+    """All layers of a stream, or its first `num_layers`, each checked.
 
     Raises:
         BitstreamError: cut, damaged, of another codec or of a newer version.
     """
     info, fixed, entries = _parse(stream)
-    if bytes.fromhex(info.fingerprint) != fingerprint:
+    if info.fingerprint != fingerprint[:FINGERPRINT_BYTES].hex():
+        ours = fingerprint[:FINGERPRINT_BYTES].hex()
         raise BitstreamError(
-            f"stream was written by codec {info.fingerprint}, this is {fingerprint.hex()}; decode it with the codec that wrote it"
+            f"stream was written by codec {info.fingerprint}, this is {ours}; use the codec that wrote it"
         )
-    if len(stream) != info.header_bytes + sum(info.layers.values()):
-        raise BitstreamError(
-            f"stream has {len(stream)} bytes, its header promises {info.header_bytes + sum(info.layers.values())}; it was cut or padded"
-        )
-    layers, position = [], info.header_bytes
-    for (name, length), (digest, check) in zip(info.layers.items(), entries, strict=True):
-        payload = stream[position : position + length]
-        if _check(fixed, name, payload) != check:
-            raise BitstreamError(f"stream is damaged: layer {name} does not match its checksum; fetch it again")
-        layers.append(Layer(name, payload, digest))
-        position += length
+    wanted = entries[:num_layers]
+    needed = info.header_bytes + sum(entry.length for entry in wanted)
+    if len(stream) < needed or (num_layers is None and len(stream) > needed):
+        what = "was cut" if len(stream) < needed else "has bytes behind its end"
+        raise BitstreamError(f"stream has {len(stream)} bytes, its header promises {needed}; it {what}")
+    layers, position, check = [], info.header_bytes, google_crc32c.value(fixed)
+    for name, entry in zip(LAYER_NAMES, wanted, strict=False):
+        payload = stream[position : position + entry.length]
+        check = _extend(check, entry.digest, payload)
+        if check != entry.check:
+            raise BitstreamError(
+                f"stream is damaged: layer {name} does not match its checksum; fetch it again"
+            )
+        layers.append(Layer(payload, entry.digest))
+        position += entry.length
     return info, layers
 
 
-def _parse(stream: bytes) -> tuple[StreamInfo, bytes, list[tuple[int, bytes]]]:
-    """Header fields, the header's fixed part, and (digest, check) of each layer."""
-    if len(stream) < FIXED_BYTES or stream[:2] != MAGIC:
-        raise BitstreamError("not a dicm stream (its first two bytes are others)")
-    version, num_layers = stream[2], stream[3]
+def check_size(height: int, width: int) -> str | None:
+    """What is wrong with an image of height x width pixels, or None."""
+    if not (MIN_SIDE <= height <= MAX_SIDE and MIN_SIDE <= width <= MAX_SIDE):
+        return f"{height} x {width} pixels; sides must lie in {MIN_SIDE}..{MAX_SIDE}"
+    if height * width > MAX_PIXELS:
+        return f"{height} x {width} pixels; at most {MAX_PIXELS} are coded in one piece"
+    return None
+
+
+def _parse(stream: bytes) -> tuple[StreamInfo, bytes, list[_Entry]]:
+    """What the header says, its part before the layer table, and that table."""
+    if not isinstance(stream, bytes):
+        raise BitstreamError(f"a stream is bytes, this is {type(stream).__name__}")
+    if stream[:2] != MAGIC[: len(stream)] or not stream:
+        raise BitstreamError("not a dicm stream: it does not begin with its two magic bytes")
+    if len(stream) < FIXED_BYTES:
+        raise BitstreamError(f"stream of {len(stream)} bytes ends within its header; it was cut")
+    version, num_layers = stream[2] >> 4, stream[2] & LAYERS_MASK
     if version > VERSION:
         raise BitstreamError(f"stream is of version {version}, this dicm reads up to {VERSION}; update dicm")
-    if version < 1 or not 2 <= num_layers <= len(LAYER_NAMES):
-        raise BitstreamError(f"stream is damaged: version {version} with {num_layers} layers")
+    if version < 1 or not 1 <= num_layers <= len(LAYER_NAMES) or stream[2] & FLAGS_MASK:
+        raise BitstreamError(
+            f"stream is damaged: no version of dicm writes {stream[2]:#04x} as its third byte"
+        )
     height, position = _read_varint(stream, FIXED_BYTES)
     width, position = _read_varint(stream, position)
-    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
-        raise BitstreamError(f"stream claims {height} x {width} pixels, sides lie in 1..{MAX_SIDE}; it is damaged")
-    fixed = stream[:position]
-    lengths, entries = {}, []
-    for name in LAYER_NAMES[:num_layers]:
-        lengths[name], position = _read_varint(stream, position)
+    if wrong := check_size(height, width):
+        raise BitstreamError(f"stream is damaged: it claims {wrong}")
+    fixed, entries = stream[:position], []
+    for _ in range(num_layers):
+        length, position = _read_varint(stream, position)
         if position + 6 > len(stream):
-            raise BitstreamError("stream ends within its header; it was cut")
-        entries.append((int.from_bytes(stream[position : position + 2], "little"), stream[position + 2 : position + 6]))
+            raise BitstreamError(f"stream of {len(stream)} bytes ends within its header; it was cut")
+        row = stream[position : position + 6]
+        entries.append(_Entry(length, int.from_bytes(row[:2], "little"), int.from_bytes(row[2:], "little")))
         position += 6
-    fingerprint = stream[4:FIXED_BYTES].hex()
-    return StreamInfo(version, fingerprint, height, width, lengths, position), fixed, entries
+    layers = {name: entry.length for name, entry in zip(LAYER_NAMES, entries, strict=False)}
+    return StreamInfo(version, stream[3:FIXED_BYTES].hex(), height, width, layers, position), fixed, entries
 
 
-def _check(fixed: bytes, name: str, payload: bytes) -> bytes:
-    return google_crc32c.value(fixed + bytes([LAYER_NAMES.index(name)]) + payload).to_bytes(4, "little")
+def _extend(check: int, digest: int, payload: bytes) -> int:
+    return google_crc32c.extend(check, digest.to_bytes(2, "little") + payload)
 
 
 def _varint(value: int) -> bytes:
@@ -138,10 +188,10 @@ def _read_varint(stream: bytes, position: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 35, 7):
         if position >= len(stream):
-            raise BitstreamError("stream ends within its header; it was cut")
+            raise BitstreamError(f"stream of {len(stream)} bytes ends within its header; it was cut")
         byte = stream[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise BitstreamError("stream is damaged: a length in its header is too long")
+    raise BitstreamError("stream is damaged: a number in its header has more than 35 bits")

@@ -1,17 +1,22 @@
 """Entropy models: likelihoods for training, and integer symbols to bytes by rANS.
 
-y1 and z follow factorized priors, y2 a Gaussian with mean and scale from the hyperprior (Ballé et al. 2018, Minnen
-et al. 2018); all from compressai, whose rANS codes the symbols. Two things are ours. The quantiles of the factorized
-priors are solved by bisection when tables are built, so there is no auxiliary loss and no second optimizer. And the
-coder's integer tables are part of an exported codec: computed once, they cannot differ between machines.
+y1 and z follow factorized priors, y2 a Gaussian with mean and scale from the hyperprior (Ballé et al. 2018,
+Minnen et al. 2018); all from compressai, whose rANS codes the symbols. Three things are ours. The quantiles
+of the factorized priors are solved by bisection from the prior itself, so there is no auxiliary loss and no
+second optimizer. A scale is coded by the nearest table, not the next wider one. And the coder's integer
+tables are part of an exported codec: computed once, they cannot differ between machines.
 
-Likelihoods are computed in float32 under any autocast.
+Likelihoods are float32 under any autocast; quantiles and tables are computed on the CPU, whatever device
+trains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from compressai import ans
@@ -19,14 +24,32 @@ from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianC
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
 
+from pretrain.errors import BitstreamError, CodecError
+
 # compressai's table of scales: 64 from 0.11 to 256, in geometric steps.
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
+# A prior wider than this is cut: its tails are coded by escape, and a table has 2^16 counts to share out.
+MAX_TAIL = 4096.0
+# The coder counts in int32 and doubles what it escapes; no trained codec comes near.
+MAX_SYMBOL = 1 << 24
+STATE_BYTES = 8
 
 
 def scale_table() -> list[float]:
     """The Gaussian scales that the coder has tables for, ascending."""
     step = (SCALE_MAX / SCALE_MIN) ** (1 / (SCALE_LEVELS - 1))
     return [SCALE_MIN * step**level for level in range(SCALE_LEVELS)]
+
+
+def scale_indexes(scales: Tensor) -> Tensor:
+    """The table (int32) whose scale is nearest, in ratio, to each of `scales` (float64).
+
+    compressai takes the next wider table; the nearest costs a quarter of its excess bits.
+    """
+    table = scale_table()
+    bounds = [math.sqrt(low * high) for low, high in pairwise(table)]
+    boundaries = torch.tensor(bounds, dtype=torch.float64, device=scales.device)
+    return torch.bucketize(scales.contiguous(), boundaries, out_int32=True)
 
 
 def bottleneck_likelihood(model: EntropyBottleneck, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +59,11 @@ def bottleneck_likelihood(model: EntropyBottleneck, values: Tensor) -> tuple[Ten
     """
     with torch.autocast(values.device.type, enabled=False):
         return model(values.float())
+
+
+def bottleneck_round(model: EntropyBottleneck, values: Tensor) -> Tensor:
+    """Values (N, C, H, W) rounded about the medians of `model`, as in a pass in eval mode."""
+    return model.quantize(values.float(), "dequantize", model.quantiles[:, :, 1:2, None].transpose(0, 1))
 
 
 class LatentEntropy(nn.Module):
@@ -60,6 +88,44 @@ class LatentEntropy(nn.Module):
         return y2_hat, likelihoods
 
 
+@torch.no_grad()
+def solve_quantiles(model: EntropyBottleneck) -> None:
+    """Set the medians and tails of a factorized prior to those of its density.
+
+    compressai's bisection finds them from any parameters, since the cumulative is monotone by construction; a
+    prior whose quantiles are right already, to the bisection's tolerance, is left as it is to the bit. Tails
+    end at most `MAX_TAIL` from the median.
+
+    Raises:
+        CodecError: a parameter is not finite.
+    """
+    with torch.autocast("cpu", enabled=False):
+        solved = copy.deepcopy(model).cpu().float()
+        if not all(tensor.isfinite().all() for tensor in solved.parameters()):
+            raise CodecError(
+                "a factorized prior has parameters that are not finite; training diverged, lower its lr"
+            )
+        if _quantiles_hold(solved):
+            return
+        solved._update_quantiles()
+        median = solved.quantiles[:, :, 1:2].clone()
+        model.quantiles.copy_(
+            torch.minimum(torch.maximum(solved.quantiles, median - MAX_TAIL), median + MAX_TAIL)
+        )
+
+
+def _quantiles_hold(model: EntropyBottleneck) -> bool:
+    """Whether each target of the cumulative is met within twice the bisection's tolerance."""
+    quantiles = model.quantiles
+    slack = 2 * (1e-3 + 1e-4 * quantiles.abs())
+    below = model._logits_cumulative(quantiles - slack, stop_gradient=True) <= model.target
+    above = model._logits_cumulative(quantiles + slack, stop_gradient=True) >= model.target
+    tail = (quantiles - quantiles[:, :, 1:2]).abs() >= MAX_TAIL - slack
+    lower, upper = tail.clone(), tail.clone()
+    lower[:, :, 1:], upper[:, :, :2] = False, False  # a cut tail lies inside its target
+    return bool(((below | upper) & (above | lower)).all())
+
+
 @dataclass(frozen=True)
 class CoderTable:
     """Integer tables of one entropy model, as rANS wants them: cumulative counts, their lengths, offsets."""
@@ -70,38 +136,32 @@ class CoderTable:
     _lists: tuple[list[list[int]], list[int], list[int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # rANS takes lists; made once, for they are long.
-        lists = (self.cdf.tolist(), self.lengths.tolist(), self.offsets.tolist())
-        object.__setattr__(self, "_lists", lists)
+        # rANS takes lists and copies them at each call: made once, and without the padding.
+        lengths = self.lengths.tolist()
+        rows = [row[:length] for row, length in zip(self.cdf.tolist(), lengths, strict=True)]
+        object.__setattr__(self, "_lists", (rows, lengths, self.offsets.tolist()))
 
     @classmethod
     def of(cls, model: EntropyModel) -> CoderTable:
-        """Take the tables out of a compressai model that was just updated, leaving its buffers empty.
+        """The tables of a compressai model; the model itself is left as it is."""
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            updated = copy.deepcopy(model).cpu().float()
+            if isinstance(updated, EntropyBottleneck):
+                updated.update(force=True)
+            else:
+                updated.update()
+        return cls(updated.quantized_cdf.int(), updated.cdf_length.int(), updated.offset.int())
 
-        Left in, the buffers would change the shape of the state dict with every update.
-        """
-        table = cls(*(getattr(model, name).int().cpu() for name in _BUFFERS))
-        for name in _BUFFERS:
-            setattr(model, name, torch.IntTensor().to(getattr(model, name).device))
-        return table
-
-    def encode(self, symbols: Tensor, indexes: Tensor) -> bytes:
-        """Bytes of integer symbols, each coded by the table that `indexes` names; both flat int32."""
-        return ans.RansEncoder().encode_with_indexes(symbols.tolist(), indexes.tolist(), *self._lists)
-
-    def decode(self, payload: bytes, indexes: Tensor) -> Tensor:
-        """The symbols (flat int32) of `payload`."""
-        return torch.tensor(
-            ans.RansDecoder().decode_with_indexes(payload, indexes.tolist(), *self._lists), dtype=torch.int32
-        )
-
-
-_BUFFERS = ("_quantized_cdf", "_cdf_length", "_offset")
+    def lists(self, indexes: Tensor) -> tuple[list[list[int]], list[int], list[int]]:
+        """The tables up to the highest that `indexes` names."""
+        count = int(indexes.max()) + 1
+        rows, lengths, offsets = self._lists
+        return rows[:count], lengths[:count], offsets[:count]
 
 
 @dataclass(frozen=True)
 class CoderTables:
-    """The tables of z and y2, and the medians of z; what an exported codec carries beside its weights."""
+    """The tables of z and y2; what an exported codec carries beside its weights."""
 
     z: CoderTable
     y2: CoderTable
@@ -109,8 +169,6 @@ class CoderTables:
     @classmethod
     def build(cls, entropy: LatentEntropy) -> CoderTables:
         """Tables from the models' parameters; z's quantiles must be solved."""
-        entropy.z.update(force=True)
-        entropy.y2.update()
         return cls(CoderTable.of(entropy.z), CoderTable.of(entropy.y2))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -131,8 +189,44 @@ class CoderTables:
         return cls(z, y2)
 
 
-def solve_quantiles(model: EntropyBottleneck) -> None:
-    """Set medians and tails of a factorized prior by compressai's bisection."""
-    with torch.no_grad():
-        model.update(force=True, update_quantiles=True)
-    CoderTable.of(model)
+def encode_symbols(parts: Sequence[tuple[CoderTable, Tensor, Tensor]]) -> bytes:
+    """One rANS payload of one or more (table, symbols, indexes), in order; symbols and indexes flat int32.
+
+    The coder's last state, 8 bytes of which the top ones are often zero, goes to the end of the payload
+    without up to three of those zeros: what is left out follows from the length, for coded words have four
+    bytes.
+    """
+    encoder = ans.BufferedRansEncoder()
+    for table, symbols, indexes in parts:
+        encoder.encode_with_indexes(symbols.tolist(), indexes.tolist(), *table.lists(indexes))
+    coded = encoder.flush()
+    words, state = coded[STATE_BYTES:], coded[:STATE_BYTES]
+    zeros = min(len(state) - len(state.rstrip(b"\0")), 3)
+    return words + state[: STATE_BYTES - zeros]
+
+
+class SymbolDecoder:
+    """Reads the symbols of one payload, part after part, as `encode_symbols` wrote them.
+
+    Args:
+        payload: bytes that a checksum vouches for; what is not a payload decodes to other symbols.
+        num_symbols: of all parts.
+
+    Raises:
+        BitstreamError: too short to hold the coder's state.
+    """
+
+    def __init__(self, payload: bytes, num_symbols: int):
+        if len(payload) < STATE_BYTES - 3:
+            raise BitstreamError(
+                f"layer of {len(payload)} bytes is too short for a coder's state; it is damaged"
+            )
+        whole = payload + bytes(-len(payload) % 4)
+        self._decoder = ans.RansDecoder()
+        # compressai's coder does not know where its input ends: what it reads behind it are these zeros.
+        self._decoder.set_stream(whole[-STATE_BYTES:] + whole[:-STATE_BYTES] + bytes(8 * num_symbols + 64))
+
+    def read(self, table: CoderTable, indexes: Tensor) -> Tensor:
+        """The next symbols (flat int32), one for each of `indexes` (flat int32)."""
+        symbols = self._decoder.decode_stream(indexes.tolist(), *table.lists(indexes))
+        return torch.tensor(symbols, dtype=torch.int32)

@@ -1,9 +1,9 @@
-"""Codecs on disk: `model.safetensors` (weights, coder tables) and `config.json`; no pickle, nothing executable.
+"""Codecs on disk: `model.safetensors` (weights, coder tables) and `config.json`; nothing that can run code.
 
-    CODEC/
-      model.safetensors   state dict, and tables.{z,y2}.{cdf,lengths,offsets}
-      config.json         {"schema_version", "config", "fingerprint", "extra"}
-      README.md           written by the export; not read
+CODEC/
+  model.safetensors   state dict, and tables.{z,y2}.{cdf,lengths,offsets}
+  config.json         {"schema_version", "config", "fingerprint", "extra"}
+  README.md           written by the export; not read
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from pretrain.codec.config import CodecConfig
@@ -32,16 +34,31 @@ PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
 def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write both files, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{WEIGHTS}.{os.getpid()}"
+    """Write both files, each whole or not at all (CodecError where that fails).
+
+    A crash between the two leaves weights and fingerprint of different codecs, which loading notices.
+    """
     try:
-        save_file(tensors, temporary)
-        os.replace(temporary, folder / WEIGHTS)
-        temporary.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **facts}, indent=2) + "\n")
-        os.replace(temporary, folder / CONFIG)
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / WEIGHTS, to_safetensors(tensors))
+        _replace(
+            folder / CONFIG,
+            json.dumps({"schema_version": SCHEMA_VERSION, **facts}, indent=2).encode() + b"\n",
+        )
     except (OSError, SafetensorError) as error:
-        raise CodecError(f"{folder}: cannot be written ({error}); free space or name another folder") from error
+        raise CodecError(
+            f"{folder}: cannot be written ({error}); free space or name another folder"
+        ) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,20 +67,14 @@ def locate(source: Path | str) -> Path:
     """The folder of a codec; a hub id is downloaded (CodecError where it is neither)."""
     folder = Path(source)
     if folder.is_dir():
-        for path in folder.iterdir():
-            if path.suffix in PICKLES:
-                raise CodecError(f"{folder}: holds {path.name}, a pickle, which can run code; remove it or export again")
-        for name in (WEIGHTS, CONFIG):
-            if not (folder / name).is_file():
-                raise CodecError(f"{folder}: {name} is missing; write the folder with `dicm export RUN {folder}`")
-        return folder
+        return _check_folder(folder)
     if folder.exists() or folder.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
         raise CodecError(f"{source}: no such codec folder; write one with `dicm export RUN {source}`")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG]))
+        return _check_folder(Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG])))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CodecError(
             f"{source}: no such folder, and not fetched from the hub ({type(error).__name__}); "
@@ -71,14 +82,26 @@ def locate(source: Path | str) -> Path:
         ) from error
 
 
+def _check_folder(folder: Path) -> Path:
+    for path in folder.iterdir():
+        if path.suffix in PICKLES:
+            raise CodecError(f"{folder}: holds {path.name}, a pickle, which can run code; remove it")
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise CodecError(f"{folder}: {name} is missing; write the folder with `dicm export RUN {folder}`")
+    return folder
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands (CodecError: damaged or newer)."""
     path = folder / CONFIG
     try:
         facts = json.loads(path.read_text())
-        version = facts["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CodecError(f"{path}: damaged ({error}); export the codec again") from error
+        version = int(facts["schema_version"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CodecError(
+            f"{path}: damaged ({type(error).__name__}: {error}); export the codec again"
+        ) from error
     if version > SCHEMA_VERSION:
         raise CodecError(f"{path}: schema version {version} is newer than this dicm reads; update dicm")
     return facts
@@ -87,11 +110,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 def codec_config(folder: Path, facts: dict[str, Any]) -> CodecConfig:
     """The sizes in config.json (CodecError: unknown keys or impossible values); weights are never fetched."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(CodecConfig), facts["config"], {"pretrained": False})
+        merged = OmegaConf.merge(
+            OmegaConf.structured(CodecConfig), dict(facts["config"]), {"pretrained": False}
+        )
         config: CodecConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
         config.validate()
-    except (OmegaConfBaseException, KeyError, ValueError) as error:
-        raise CodecError(f"{folder / CONFIG}: {str(error).splitlines()[0]}; export the codec again") from error
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
+        what = str(error).splitlines()[0]
+        raise CodecError(f"{folder / CONFIG}: damaged, config: {what}; export the codec again") from error
     return config
 
 
@@ -99,30 +125,33 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of model.safetensors (CodecError: damaged)."""
     try:
         return load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CodecError(f"{folder / WEIGHTS}: damaged ({error}); export the codec again") from error
 
 
 def take_tables(folder: Path, tensors: dict[str, Tensor]) -> CoderTables:
     """Remove the coder's tables from `tensors` and return them."""
+    found = {name: tensors.pop(name) for name in list(tensors) if name.startswith("tables.")}
     try:
-        tables = CoderTables.from_tensors(tensors)
-    except KeyError as error:
-        raise CodecError(f"{folder / WEIGHTS}: {error} is missing; export the codec again") from error
-    for name in tables.tensors():
-        del tensors[name]
-    return tables
+        if not all(table.dtype == torch.int32 for table in found.values()):
+            raise ValueError("a coder table is not int32")
+        return CoderTables.from_tensors(found)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CodecError(f"{folder / WEIGHTS}: coder tables: {error}; export the codec again") from error
 
 
 def load_weights(codec: FeatureCodec, tensors: dict[str, Tensor], folder: Path) -> None:
     """Fill `codec` with `tensors` (CodecError naming the first that do not fit its configuration)."""
     expected = {name: tuple(tensor.shape) for name, tensor in codec.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    different = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    names = sorted(expected.keys() | found.keys())
+    different = [name for name in names if expected.get(name) != found.get(name)]
     if different:
-        name = different[0]
+        shown = "; ".join(
+            f"{name} is {found.get(name, 'missing')}, {expected.get(name, 'unknown')} by {CONFIG}"
+            for name in different[:2]
+        )
         raise CodecError(
-            f"{folder}: weights of another configuration: {name} is {found.get(name, 'missing')} in {WEIGHTS}, "
-            f"{expected.get(name, 'unknown')} by {CONFIG} ({len(different)} differ); export the codec again"
+            f"{folder}: weights of another configuration: {shown} ({len(different)} differ); export again"
         )
     codec.load_state_dict(tensors)

@@ -1,1 +1,1 @@
-"""Self-supervised learning on the codec's backbone: methods, heatmaps that guide the crops, kNN evaluation."""
+"""Self-supervised learning on the codec's backbone: methods, heatmaps that guide crops, kNN evaluation."""

@@ -1,4 +1,4 @@
-"""Options of the self-supervised methods and of the heatmap; plain values, so that reading them imports no torch."""
+"""Options of the self-supervised methods and of the heatmap; reading them imports no torch."""
 
 from __future__ import annotations
 

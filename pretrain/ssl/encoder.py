@@ -1,4 +1,4 @@
-"""The network that self-supervised learning trains: backbone, with the redundancy elimination in its middle or not.
+"""The network that self-supervised learning trains: backbone, with or without RE in its middle.
 
     images (N, 3, H, W) -> head -> f1 -> [RE -> f2] -> tail -> layer4 -> mean over places -> features (N, D)
 
@@ -18,7 +18,7 @@ from pretrain.ssl.config import LAYERS, nearest
 
 
 class EncoderOutput(NamedTuple):
-    """features (N, D) of layer4, pooled; f1, f2 (N, C1, H/4, W/4); f2 and y1's likelihoods None without RE."""
+    """Pooled layer4 (N, D); f1 and f2 (N, C1, H/4, W/4); f2 and y1's likelihoods are None without RE."""
 
     features: Tensor
     f1: Tensor
@@ -27,7 +27,7 @@ class EncoderOutput(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Backbone with RE registered in it all the time; `redundancy_enabled` decides whether images pass through it.
+    """Backbone and RE, both registered all the time; `redundancy_enabled` puts RE into the path.
 
     A flag rather than two networks, so that the names in the state dict are the same before and after.
     """

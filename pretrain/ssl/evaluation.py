@@ -18,10 +18,10 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.1,
 ) -> float:
-    """Share, in 0..1, of val features (M, D) whose class is that of their weighted k nearest train features (N, D).
+    """Share, in 0..1, of val features (M, D) that their k nearest train features (N, D) classify right.
 
-    Neighbours by cosine, weighted by exp(cosine / temperature), as lightly does it. Labels are int64; samples with
-    a negative one have no label and are left out. k is cut to N.
+    Neighbours by cosine, weighted by exp(cosine / temperature), as lightly does it. Labels are int64;
+    samples with a negative one have no label and are left out. k is cut to N.
 
     Raises:
         CodecError: no labelled sample on one side.
@@ -33,7 +33,8 @@ def knn_accuracy(
     val_features, val_labels = val_features[val_labels >= 0], val_labels[val_labels >= 0]
     if not len(train_labels) or not len(val_labels):
         raise CodecError(
-            f"kNN has {len(train_labels)} labelled training samples and {len(val_labels)} to classify; it needs both"
+            f"kNN has {len(train_labels)} labelled training samples and {len(val_labels)} to classify; "
+            "it needs both"
         )
     bank = F.normalize(train_features.float(), dim=1).T.contiguous()
     queries = F.normalize(val_features.float(), dim=1)

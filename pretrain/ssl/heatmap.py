@@ -2,10 +2,11 @@
 
 images (N, 3, H, W), normalised -> heat (N, H, W) float32 in 0..1 -> boxes (N, 4) xyxy in 0..1 of the image.
 
-`activation`: the feature map summed over channels, min-max scaled and upsampled (DICM, Tang, Yi, Wang 2025; after
-ContrastiveCrop, Peng et al. 2022). The class-free CAMs are grad-cam's: `eigencam`, first principal component
-(Muhammad, Yeasin 2020); `kpca_cam`, the same with a kernel (Karmani et al. 2024); `fem`, channels weighted by their
-outliers (Fuad et al. 2020). They compute image by image on the host, and cost many times what `activation` does.
+`activation`: the feature map summed over channels, min-max scaled and upsampled (DICM, Tang, Yi, Wang 2025;
+after ContrastiveCrop, Peng et al. 2022). The class-free CAMs are grad-cam's: `eigencam`, first principal
+component (Muhammad, Yeasin 2020); `kpca_cam`, the same with a kernel (Karmani et al. 2024); `fem`, channels
+weighted by their outliers (Fuad et al. 2020). They compute image by image on the host, and cost many times
+what `activation` does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ def heatmaps(encoder: Encoder, images: Tensor, method: str = "activation", layer
 
 
 def heatmap_boxes(heat: Tensor, threshold: float = 0.1) -> Tensor:
-    """Extent (N, 4), xyxy in 0..1, of the rows and columns of heat (N, h, w) that reach above threshold * maximum.
+    """Extent (N, 4), xyxy in 0..1, of rows and columns of heat (N, h, w) above threshold * maximum.
 
     A flat map (or one without a positive value) says nothing about where to look: its box is the whole image.
     """
@@ -74,12 +76,43 @@ def _cam(encoder: Encoder, images: Tensor, method: str, layer: str) -> Tensor:
     # On first use: it brings in scikit-learn and matplotlib.
     from pytorch_grad_cam import FEM, KPCA_CAM, EigenCAM
 
+    class OrientedEigenCAM(_Oriented, EigenCAM):
+        pass
+
+    class OrientedKPCACAM(_Oriented, KPCA_CAM):
+        pass
+
     network = _UpToLayer(encoder, layer)
-    cam = {"eigencam": EigenCAM, "kpca_cam": KPCA_CAM, "fem": FEM}[method](network, [network.output])
+    cams = {"eigencam": OrientedEigenCAM, "kpca_cam": OrientedKPCACAM, "fem": FEM}
+    cam = cams[method](network, [network.output])
     with torch.no_grad():
         # An empty list of targets: `None` would make grad-cam look for the likeliest class.
         heat = cam(input_tensor=images, targets=[])
     return torch.from_numpy(heat).to(images.device).unsqueeze(1)
+
+
+class _Oriented:
+    """Gives a principal component the sign with which it is warm where the response is strong.
+
+    Its own sign is arbitrary; as grad-cam leaves it, EigenCAM often shows the background instead.
+    """
+
+    def get_cam_image(
+        self,
+        input_tensor: Tensor,
+        target_layer: nn.Module,
+        targets: list[nn.Module],
+        activations: np.ndarray,
+        grads: np.ndarray | None,
+        eigen_smooth: bool = False,
+    ) -> np.ndarray:
+        projection = super().get_cam_image(  # type: ignore[misc]
+            input_tensor, target_layer, targets, activations, grads, eigen_smooth
+        )
+        response = activations.sum(axis=1)
+        response = response - response.mean(axis=(1, 2), keepdims=True)
+        agreement = (projection * response).sum(axis=(1, 2), keepdims=True)
+        return np.where(agreement < 0, -projection, projection)
 
 
 class _UpToLayer(nn.Module):
@@ -107,8 +140,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _autocast_without_cache(device: torch.device) -> torch.autocast:
-    """The autocast in force, without its cache: weights cast here have no gradient, and a training forward of the
-    same encoder in the same context would silently use them.
+    """The autocast in force, without its cache: weights cast here have no gradient, and a training forward
+    of the same encoder in the same context would silently use them.
     """
     return torch.autocast(
         device.type,

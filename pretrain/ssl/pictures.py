@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision.utils import draw_bounding_boxes
 
 MIN_SIDE = 160  # pixels of an image in the picture, at least
-GAP = 4
+GAP = 6
+GAP_SHADE = 40  # dark, so that a box at the border shows
 BOX_COLOUR = (255, 255, 255)
 CROP_COLOURS = ((0, 230, 118), (255, 64, 200))
 
@@ -40,8 +41,9 @@ def guidance_picture(canvas: Tensor, heat: Tensor, boxes: Tensor, crops: Tensor)
         plain = (image * 255).round().to(torch.uint8)
         above = _draw(plain, torch.cat([box[None], pair]), [BOX_COLOUR, *CROP_COLOURS])
         below = _draw(torch.from_numpy(overlay).permute(2, 0, 1), box[None], [BOX_COLOUR])
-        columns.append(torch.cat([F.pad(above, (0, 0, 0, GAP), value=255), below], dim=1))
-    return torch.cat([F.pad(column, (0, GAP), value=255) for column in columns], dim=2)[:, :, :-GAP].contiguous()
+        columns.append(torch.cat([F.pad(above, (0, 0, 0, GAP), value=GAP_SHADE), below], dim=1))
+    row = torch.cat([F.pad(column, (0, GAP), value=GAP_SHADE) for column in columns], dim=2)
+    return row[:, :, :-GAP].contiguous()
 
 
 def _resize(images: Tensor, side: int) -> Tensor:

@@ -1,6 +1,9 @@
-"""The self-supervised methods by name; each in a file of its own with the same few members (see `base.Method`)."""
+"""The self-supervised methods by name; each in its own file with the same few members (`base.Method`)."""
 
 from __future__ import annotations
+
+import torch
+from timm.layers import convert_sync_batchnorm
 
 from pretrain.errors import CodecError
 from pretrain.ssl.config import SSLConfig, nearest
@@ -19,12 +22,16 @@ METHODS: dict[str, type[Method]] = {"moco": MoCo, "simsiam": SimSiam, "byol": BY
 def create_method(config: SSLConfig, encoder: Encoder, distributed: bool) -> Method:
     """The method that `config.method` names, around `encoder`.
 
-    Heads and queue are drawn from torch's global generator: seed it alike on all ranks before. `distributed` says
-    that losses, queue and batch statistics span the ranks of torch.distributed's default group.
+    Heads and queue are drawn from torch's global generator: seed it alike on all ranks before.
+    `distributed` says that losses, queue and batch statistics span the ranks of torch.distributed's default
+    group.
 
     Raises:
         CodecError: there is no such method.
     """
     if config.method not in METHODS:
         raise CodecError(f"method {config.method} is unknown; use {nearest(config.method, list(METHODS))}")
-    return METHODS[config.method](config, encoder, distributed)
+    method = METHODS[config.method](config, encoder, distributed)
+    if distributed and method.sync_batch_norm and torch.distributed.get_backend() == "nccl":
+        convert_sync_batchnorm(method)  # in place; gloo has no synced statistics
+    return method

@@ -1,4 +1,4 @@
-"""What the self-supervised methods share: a trained encoder, its exponential moving average, and their bookkeeping.
+"""What the methods share: a trained encoder, its exponential moving average, and their bookkeeping.
 
 A method adds heads and a loss. Its members:
 
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from lightly.models.utils import deactivate_requires_grad, update_momentum
-from timm.layers import convert_sync_batchnorm
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from pretrain.ssl.config import SSLConfig
 from pretrain.ssl.encoder import Encoder, EncoderOutput
 
+M = TypeVar("M", bound=nn.Module)
 Views = tuple[Tensor, Tensor]
 Outputs = tuple[EncoderOutput, EncoderOutput]
 
@@ -35,6 +35,7 @@ class Method(nn.Module):
     Attributes:
         encoder: the trained one; shared with the codec.
         momentum_encoder: its average; without gradients.
+        sync_batch_norm: batch statistics span the ranks where the backend can (NCCL).
         replicated_buffers: names of buffers that every rank computes alike, so DDP need not broadcast them.
     """
 
@@ -100,16 +101,9 @@ class Method(nn.Module):
         """Whether the method's own parameter `name` (of a head) learns by gradients."""
         return not name.startswith("momentum_")
 
-    def _finish(self) -> None:
-        """Sync batch statistics over the ranks where the backend can; a method calls it once its heads are there."""
-        if self.distributed and self.sync_batch_norm and distributed.get_backend() == "nccl":
-            convert_sync_batchnorm(self)
-
     @torch.no_grad()
     def _average_statistics(self, momentum: float) -> None:
-        buffers = zip(
-            self.encoder.backbone.buffers(), self.momentum_encoder.backbone.buffers(), strict=True
-        )
+        buffers = zip(self.encoder.backbone.buffers(), self.momentum_encoder.backbone.buffers(), strict=True)
         for buffer, average in buffers:
             if average.is_floating_point():
                 average.lerp_(buffer, 1 - momentum)
@@ -117,7 +111,7 @@ class Method(nn.Module):
                 average.copy_(buffer)
 
 
-def averaged_copy[M: nn.Module](module: M) -> M:
+def averaged_copy(module: M) -> M:
     """A copy that follows by averaging: no gradients."""
     average = copy.deepcopy(module)
     deactivate_requires_grad(average)
@@ -125,5 +119,5 @@ def averaged_copy[M: nn.Module](module: M) -> M:
 
 
 def full_precision(tensor: Tensor) -> torch.autocast:
-    """Context for a loss: autocast off, as cosines of near neighbours differ by less than bfloat16 resolves."""
+    """Context for a loss: autocast off, as near cosines differ by less than bfloat16 resolves."""
     return torch.autocast(tensor.device.type, enabled=False)

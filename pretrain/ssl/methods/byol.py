@@ -1,7 +1,7 @@
 """BYOL: predict the momentum encoder's embedding of the other view; no negatives.
 
-Source: Grill et al., "Bootstrap your own latent" (2020); heads and loss are lightly's. The momentum rises from
-`config.momentum` to 1 along a cosine. The authors' sizes are dim 256, hidden_dim 4096, momentum 0.996.
+Source: Grill et al., "Bootstrap your own latent" (2020); heads and loss are lightly's. The momentum rises
+from `config.momentum` to 1 along a cosine. The authors' sizes are dim 256, hidden_dim 4096, momentum 0.996.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ class BYOL(Method):
         self.momentum_head = averaged_copy(self.head)
         self.prediction_head = BYOLPredictionHead(config.dim, config.hidden_dim, config.dim)
         self.criterion = NegativeCosineSimilarity()
-        self._finish()
 
     def loss(self, outputs: Outputs, views: Views) -> Tensor:
         """Mean negative cosine of predictions and the other view's targets, in -1..1."""

@@ -1,14 +1,15 @@
 """MoCo v2: contrast against a queue of keys from a momentum encoder.
 
-Sources: He, Fan, Wu, Xie, Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning" (2020) and Chen,
-Fan, Girshick, He, "Improved Baselines with Momentum Contrastive Learning" (2020); head, loss, queue and shuffling are
-lightly's.
+Sources: He, Fan, Wu, Xie, Girshick, "Momentum Contrast for Unsupervised Visual Representation Learning"
+(2020) and Chen, Fan, Girshick, He, "Improved Baselines with Momentum Contrastive Learning" (2020); head,
+loss, queue and shuffling are lightly's.
 
-The loss is symmetric: both directions meet the same queue, then the keys of both views, of all ranks, enter it at once.
-(One direction after the other would put the first direction's keys among the second's negatives, the query's own image
-included.) Batch statistics would let a query know its key, as both come from one batch; with several ranks the key
-batches are therefore shuffled over the ranks instead of synced. The queue is full from the first step, with random unit
-vectors; keys that do not fit before its end are dropped, so any size works.
+The loss is symmetric: both directions meet the same queue, then the keys of both views, of all ranks, enter
+it at once. (One direction after the other would put the first direction's keys among the second's
+negatives, the query's own image included.) Batch statistics would let a query know its key, as both come
+from one batch; with several ranks the key batches are therefore shuffled over the ranks instead of synced.
+The queue is full from the first step, with random unit vectors; keys that do not fit before its end are
+dropped, so any size works.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ class MoCo(Method):
 
     momentum_in_loss: ClassVar[bool] = True
     sync_batch_norm: ClassVar[bool] = False
-    replicated_buffers: ClassVar[tuple[str, ...]] = ("criterion.memory_bank.bank", "criterion.memory_bank.bank_ptr")
+    replicated_buffers: ClassVar[tuple[str, ...]] = (
+        "criterion.memory_bank.bank",
+        "criterion.memory_bank.bank_ptr",
+    )
 
     def __init__(self, config: SSLConfig, encoder: Encoder, distributed: bool):
         super().__init__(config, encoder, distributed)
@@ -44,7 +48,6 @@ class MoCo(Method):
         queue = self.criterion.memory_bank
         for name in ("bank", "bank_ptr"):  # lightly leaves both out of the state dict
             queue.register_buffer(name, getattr(queue, name), persistent=True)
-        self._finish()
 
     @property
     def queue(self) -> Tensor:
@@ -55,6 +58,10 @@ class MoCo(Method):
         """InfoNCE of each view's queries with the other's keys."""
         queries = torch.cat([self.head(output.features) for output in outputs])
         keys = torch.cat([self.keys(views[1]), self.keys(views[0])])
+        return self._contrast(queries, keys)
+
+    @torch.compiler.disable  # the queue's pointer is a number on the host, which would break the graph
+    def _contrast(self, queries: Tensor, keys: Tensor) -> Tensor:
         with full_precision(queries):
             return self.criterion(queries.float(), keys.float())
 

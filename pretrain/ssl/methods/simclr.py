@@ -1,7 +1,7 @@
 """SimCLR: contrast the two views of an image against all other views in the batch, of all ranks.
 
-Source: Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning" (2020); head and loss are
-lightly's.
+Source: Chen, Kornblith, Norouzi, Hinton, "A Simple Framework for Contrastive Learning" (2020); head and
+loss are lightly's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ class SimCLR(Method):
         super().__init__(config, encoder, distributed)
         self.head = SimCLRProjectionHead(encoder.backbone.num_features, config.hidden_dim, config.dim)
         self.criterion = NTXentLoss(config.temperature, memory_bank_size=0, gather_distributed=distributed)
-        self._finish()
 
     def loss(self, outputs: Outputs, views: Views) -> Tensor:
         """NT-Xent of both views' embeddings."""

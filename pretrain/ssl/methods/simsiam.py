@@ -1,7 +1,7 @@
 """SimSiam: predict one view's embedding from the other's; no negatives, no momentum encoder in the loss.
 
-Source: Chen, He, "Exploring Simple Siamese Representation Learning" (2021); heads and loss are lightly's. The authors'
-sizes are dim 2048, hidden_dim 2048; the prediction head's bottleneck is a quarter of dim.
+Source: Chen, He, "Exploring Simple Siamese Representation Learning" (2021); heads and loss are lightly's.
+The authors' sizes are dim 2048, hidden_dim 2048; the prediction head's bottleneck is a quarter of dim.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ class SimSiam(Method):
         self.head = SimSiamProjectionHead(encoder.backbone.num_features, config.hidden_dim, config.dim)
         self.prediction_head = SimSiamPredictionHead(config.dim, max(config.dim // 4, 1), config.dim)
         self.criterion = NegativeCosineSimilarity()
-        self._finish()
 
     def loss(self, outputs: Outputs, views: Views) -> Tensor:
         """Mean negative cosine of predictions and the other view's embeddings, in -1..1."""

@@ -1,0 +1,1 @@
+"""Tasks on the frozen codec: fine-tuning, evaluation on real streams, reports."""

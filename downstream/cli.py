@@ -1,0 +1,79 @@
+"""Commands of the tasks: `dicm finetune`, `evaluate`, `report`, `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer()
+console = Console()
+
+
+@app.command()
+def finetune(
+    task: Annotated[str, typer.Argument(help="classification.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options to change.")] = None,
+) -> None:
+    """Fine-tune a task on the frozen codec, then measure accuracy and rate on real streams.
+
+    Example: dicm finetune classification codec=codec data=data/tiny run=runs/classes
+    """
+    from downstream.finetune import resolve, run
+
+    config = resolve(task, overrides or [])
+    results = run(config)
+    _print(config.run, results)
+
+
+@app.command()
+def evaluate(run: Annotated[Path, typer.Argument(help="Run folder of `dicm finetune`.")]) -> None:
+    """Measure a fine-tuned run again: accuracy and bytes of real streams on the validation split.
+
+    Example: dicm evaluate runs/classes
+    """
+    from downstream.finetune import evaluate_run
+
+    _print(str(run), evaluate_run(run))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders of `dicm finetune`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    pretraining: Annotated[Path | None, typer.Option(help="Run folder of `dicm pretrain`, for its pictures.")] = None,
+) -> None:
+    """Write one self-contained HTML file with curves, tables and pictures of fine-tuned runs.
+
+    Example: dicm report runs/classes runs/jpeg --pretraining runs/tiny -o report.html
+    """
+    from downstream.evaluation.report import report_of_runs
+
+    report_of_runs(runs, out, pretraining)
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and the report.")] = Path("demo"),
+) -> None:
+    """The whole path on made-up scenes: data, pretraining on two Ray workers, export, classification, report.
+
+    Example: dicm demo --out demo
+    """
+    from downstream.demo import run_demo
+
+    run_demo(out, console)
+
+
+def _print(run: str, results: dict[str, Any]) -> None:
+    table = Table("input", "top-1", "top-5", "bpp, whole files", "bpp, payload", "images", title=run)
+    label = results["anchor"] or ("clean pixels" if results["input"] == "pixels" else "codec streams")
+    table.add_row(
+        label, f"{100 * results['top1']:.1f} %", f"{100 * results['top5']:.1f} %",
+        f"{results['bpp']:.4f}", f"{results['bpp_payload']:.4f}", str(results["images"]),
+    )  # fmt: skip
+    console.print(table)

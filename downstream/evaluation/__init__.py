@@ -1,0 +1,1 @@
+"""Measuring: codecs of pixels to compare with, and the report."""

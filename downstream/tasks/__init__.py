@@ -1,0 +1,1 @@
+"""The tasks; each builds its network on f3, its loss and its metric."""

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.codec.bitstream import Layer, describe, pack, unpack
+from pretrain.errors import BitstreamError
+
+FINGERPRINT = bytes.fromhex("0123456789abcdef")
+LAYERS = [Layer(b"first payload", 0x1234), Layer(b"second", 0xBEEF)]
+SIDES = st.integers(16, 8000)
+
+
+@given(height=SIDES, width=SIDES, payloads=st.lists(st.binary(max_size=300), min_size=1, max_size=2))
+def test_unpack__returns_what_was_packed(height: int, width: int, payloads: list[bytes]):
+    layers = [Layer(payload, number) for number, payload in enumerate(payloads)]
+    stream = pack(FINGERPRINT, height, width, layers)
+    info, found = unpack(stream, FINGERPRINT)
+    assert found == layers
+    assert (info.height, info.width, info.version) == (height, width, 1)
+    assert list(info.layers.values()) == [len(payload) for payload in payloads]
+    assert info.num_bytes == len(stream)
+    assert info == describe(stream)
+
+
+@pytest.mark.parametrize(("side", "length", "most"), [(64, 100, 16), (1024, 20_000, 20), (11_000, 10**7, 24)])
+def test_pack__header_stays_small(side: int, length: int, most: int):
+    one = pack(FINGERPRINT, side, side, [Layer(bytes(length), 0)])
+    assert describe(one).header_bytes <= most
+    two = pack(FINGERPRINT, side, side, [Layer(bytes(length), 0), Layer(bytes(length), 0)])
+    assert describe(two).header_bytes <= 32 + 2
+
+
+def test_describe__needs_the_header_alone():
+    stream = pack(FINGERPRINT, 480, 640, LAYERS)
+    info = describe(stream)
+    assert info.fingerprint == "01234567"
+    assert info.layers == {"base": 13, "rest": 6}
+    assert info.bits_per_pixel == pytest.approx(8 * len(stream) / (480 * 640))
+    assert describe(stream[: info.header_bytes]) == info
+
+
+def test_unpack__first_layer_from_the_beginning_of_a_stream():
+    stream = pack(FINGERPRINT, 480, 640, LAYERS)
+    _, layers = unpack(stream[:-6], FINGERPRINT, num_layers=1)
+    assert layers == LAYERS[:1]
+    with pytest.raises(BitstreamError, match="cut"):
+        unpack(stream[:-7], FINGERPRINT, num_layers=1)
+
+
+def test_unpack__every_flipped_bit_is_noticed():
+    stream = pack(FINGERPRINT, 480, 640, LAYERS)
+    for bit in range(8 * len(stream)):
+        damaged = bytearray(stream)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BitstreamError):
+            unpack(bytes(damaged), FINGERPRINT)
+
+
+def test_unpack__every_cut_is_named():
+    stream = pack(FINGERPRINT, 480, 640, LAYERS)
+    for length in range(1, len(stream)):
+        with pytest.raises(BitstreamError, match="cut"):
+            unpack(stream[:length], FINGERPRINT)
+
+
+def test_unpack__layers_of_two_streams_do_not_mix():
+    first = pack(FINGERPRINT, 480, 640, LAYERS)
+    second = pack(FINGERPRINT, 480, 640, [Layer(b"other payload", 0x4321), Layer(b"others", 0xBEEF)])
+    row, end = describe(first).header_bytes - 7, describe(first).header_bytes + 13
+    spliced = first[:row] + second[row : row + 7] + first[row + 7 : end] + second[end:]
+    with pytest.raises(BitstreamError, match="rest does not match"):
+        unpack(spliced, FINGERPRINT)
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        (b"", "not a dicm stream"),
+        (b"\xff\xd8\xff\xe0 a photo", "not a dicm stream"),
+        (pack(bytes(8), 480, 640, LAYERS), "codec 00000000, this is 01234567"),
+        (pack(FINGERPRINT, 480, 640, LAYERS) + b"x", "bytes behind its end"),
+        (b"\xd1\xc3\x21" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 2"),
+        (pack(FINGERPRINT, 60_000, 60_000, LAYERS), "60000 x 60000"),
+        (pack(FINGERPRINT, 10**9, 64, LAYERS), "sides must lie in"),
+        (pack(FINGERPRINT, 8, 64, LAYERS), "sides must lie in"),
+        (b"\xd1\xc3\x11" + FINGERPRINT[:4] + b"\xff" * 20, "more than 35 bits"),
+        ("text", "this is str"),
+    ],
+)
+def test_unpack__says_what_is_wrong(stream: bytes, words: str):
+    with pytest.raises(BitstreamError, match=words):
+        unpack(stream, FINGERPRINT)
+
+
+def test_pack__writes_the_documented_example():
+    page = (Path(__file__).parents[3] / "docs" / "bitstream.md").read_text()
+    rows = re.findall(r"^\| `([0-9a-f ]+)` \|", page, flags=re.MULTILINE)
+    stream = bytes.fromhex("".join(rows))
+    assert stream == pack(bytes.fromhex("5b5dd38e"), 64, 300, [Layer(b"payload", 0x1234)])
