@@ -1,6 +1,8 @@
-"""Errors of the ground floor that a user can put right."""
+"""Errors of the ground floor that a user can put right, and how such errors are told from bugs."""
 
 from __future__ import annotations
+
+OUR_PACKAGES = frozenset({"cluster", "data_pipeline", "pretrain", "downstream"})
 
 
 class RunError(ValueError):
@@ -13,3 +15,8 @@ class RecipeError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint that cannot be written or read: one line with the folder and the remedy."""
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether `error` was written for the user (its class stands in one of our packages), or is a bug."""
+    return type(error).__module__.partition(".")[0] in OUR_PACKAGES

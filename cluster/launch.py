@@ -70,7 +70,8 @@ def _fit(function: Callable[[Runtime, C], None], config: C, workers: int, run_di
             if (own := user_error(failure)) is not None:
                 raise own from None
         raise RunError(
-            f"run={run_dir}: a worker failed ({_last_line(error)}); run the same command again to go on from the newest checkpoint"
+            f"run={run_dir}: a worker failed ({_last_line(error)}); "
+            "run the same command again to go on from the newest checkpoint"
         ) from error
 
 

@@ -45,7 +45,7 @@ class MetricsLogger:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.replace(temporary, path)
         self._file = path.open("a")
-        self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One row at `step`; numbers also become TensorBoard scalars. A NaN or infinity is written as null."""
@@ -59,18 +59,18 @@ class MetricsLogger:
         self._file.flush()
         for key, value in values.items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(key, value, step)
 
     def image(self, tag: str, step: int, image: torch.Tensor) -> None:
         """A picture (3, H, W) uint8 for TensorBoard."""
         if self.enabled:
-            self._writer.add_image(tag, image, step)  # type: ignore[no-untyped-call]
+            self._writer.add_image(tag, image, step)
 
     def close(self) -> None:
         """Flush and close both files."""
         if self.enabled:
             self._file.close()
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -44,17 +44,17 @@ def load_config(schema: type[C], recipe: str | Path | None, overrides: list[str]
         _set(values, key, _parse(override, text), schema)
     _check_keys(values, schema, "")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _plain(values)))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), _plain(values)))
     except MissingMandatoryValue as error:
         key = str(error.full_key)
         raise RecipeError(f"{key} is missing; give it a value: {key}=...") from error
     except OmegaConfBaseException as error:
         raise RecipeError(f"{error.full_key}: {str(error.msg).splitlines()[0]}") from error
-    if missing := [field.name for field in fields(schema) if getattr(config, field.name) == "???"]:  # type: ignore[arg-type]
+    if missing := [field.name for field in fields(config) if getattr(config, field.name) == "???"]:
         raise RecipeError(f"{missing[0]} is missing; give it a value: {missing[0]}=...")
     if hasattr(config, "validate"):
         config.validate()
-    return config  # type: ignore[return-value]
+    return config
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -130,7 +130,7 @@ def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             merged[key] = _merge(old, value)
-        elif _is_named(old) and _is_named(value):
+        elif isinstance(old, list) and _is_named(old) and _is_named(value):
             items = {item["name"]: item for item in old}
             for item in value:
                 items[item["name"]] = _merge(items.get(item["name"], {}), item)

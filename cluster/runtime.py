@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from cluster.errors import RunError
 
@@ -111,9 +112,7 @@ def threads_per_worker(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
-def run(
-    function: WorkerFunction[C], config: C, *, workers: int, launcher: str, run_dir: str
-) -> None:
+def run(function: WorkerFunction[C], config: C, *, workers: int, launcher: str, run_dir: str) -> None:
     """Run `function(runtime, config)` on `workers` workers and wait for them.
 
     Args:
@@ -160,20 +159,19 @@ def _spawn(function: WorkerFunction[C], config: C, workers: int) -> None:
     try:
         while not processes.join():
             pass
-    except torch.multiprocessing.ProcessException as error:
+    except ProcessException as error:
         if not errors.empty():
             raise errors.get() from None
-        if isinstance(error, torch.multiprocessing.ProcessExitedException):
+        if isinstance(error, ProcessExitedException):
             cause = error.signal_name or f"exit code {error.exit_code}"
             raise RunError(
-                f"worker {error.error_index} died ({cause}); run the same command again to go on from the newest checkpoint"
+                f"worker {error.error_index} died ({cause}); "
+                "run the same command again to go on from the newest checkpoint"
             ) from None
         raise
 
 
-def _spawned(
-    local_rank: int, function: WorkerFunction[C], config: C, workers: int, port: int, errors: Any
-) -> None:
+def _spawned(local_rank: int, function: WorkerFunction[C], config: C, workers: int, port: int, errors: Any) -> None:
     os.environ |= {
         "RANK": str(local_rank),
         "LOCAL_RANK": str(local_rank),

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, help="Make, look at and check data sets.")
-console = Console()
+console = Console(highlight=False, markup=False, soft_wrap=True)
+SHOWN_CLASSES = 30
 
 
 def _bar() -> Progress:
@@ -35,19 +36,17 @@ def scenes(
 
     with _bar() as bar:
         task = bar.add_task("drawing", total=train + val)
-        manifest = write_scenes(
-            out, train=train, val=val, size=size, seed=seed, progress=lambda: bar.advance(task)
-        )
+        manifest = write_scenes(out, train=train, val=val, size=size, seed=seed, progress=lambda: bar.advance(task))
     console.print(f"{train} + {val} scenes of {len(manifest.classes)} classes -> {out}")
 
 
 @app.command()
 def build(
-    kind: Annotated[str, typer.Argument(help="Layout of the source: imagefolder.")],
-    source: Annotated[Path, typer.Argument(help="Folder of images, with or without train/, val/ and class folders.")],
+    layout: Annotated[str, typer.Argument(help="Layout of the source: imagefolder.")],
+    source: Annotated[Path, typer.Argument(help="Folder of images, with or without train/, val/, classes.")],
     out: Annotated[Path, typer.Argument(help="New folder for the data set.")],
-    val_fraction: Annotated[float, typer.Option(help="Share to set aside for validation where there is no val/.")] = 0.0,
-    processes: Annotated[int, typer.Option(help="Decoding processes.")] = 2,
+    val_fraction: Annotated[float, typer.Option(help="Share set aside for validation if val/ is missing.")] = 0.0,
+    processes: Annotated[int | None, typer.Option(help="Decoding processes; one a core if not given.")] = None,
 ) -> None:
     """Turn a folder of images into shards and a manifest; what does not decode is left out and listed.
 
@@ -56,8 +55,10 @@ def build(
     from data_pipeline.build import REJECTED, build_imagefolder
     from data_pipeline.errors import DataError
 
-    if kind != "imagefolder":
-        raise DataError(f"source {kind!r} is unknown; use imagefolder")
+    if layout != "imagefolder":
+        raise DataError(f"layout {layout!r} is unknown; use imagefolder")
+    if processes is not None and processes < 1:
+        raise DataError(f"processes={processes} must be at least 1")
     with _bar() as bar:
         task = bar.add_task("building", total=None)
         manifest, rejected = build_imagefolder(
@@ -69,38 +70,49 @@ def build(
             progress=lambda: bar.advance(task),
         )
     counts = ", ".join(f"{split.num_samples} {name}" for name, split in manifest.splits.items())
-    left_out = f"; {len(rejected)} left out, see {out / REJECTED}" if rejected else "; none left out"
-    console.print(f"{counts} images of {len(manifest.classes)} classes -> {out}{left_out}", highlight=False)
+    classes = f"of {len(manifest.classes)} classes" if manifest.classes else "without classes"
+    left_out = f"{len(rejected)} left out, see {out / REJECTED}" if rejected else "none left out"
+    console.print(f"{counts} images {classes} -> {out}; {left_out}")
 
 
 @app.command()
 def inspect(
     root: Annotated[Path, typer.Argument(help="Folder of a data set.")],
-    sheet: Annotated[Path | None, typer.Option(help="Where to write a contact sheet (PNG).")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="Contact sheet (PNG); ROOT/contact_sheet.png if not given.")
+    ] = None,
 ) -> None:
-    """Print counts, sizes and classes of a data set; draw a contact sheet.
+    """Print counts, sizes and classes of a data set; write a contact sheet.
 
     Example: dicm data inspect data/scenes --sheet sheet.png
     """
-    from data_pipeline.inspect import contact_sheet, split_facts
     from data_pipeline.shards import Manifest
 
     manifest = Manifest.load(root)
-    table = Table("split", "samples", "shards", "MiB", "width", "height", "boxes", "masks", title=manifest.name)
-    for name in manifest.splits:
-        facts = split_facts(root, manifest, name)
-        table.add_row(
-            name, str(facts.samples), str(facts.shards), f"{facts.bytes / 2**20:.1f}",
-            "{}..{}".format(*facts.widths), "{}..{}".format(*facts.heights), str(facts.boxes), str(facts.masks),
-        )  # fmt: skip
-        if facts.classes:
-            shown = ", ".join(f"{label} {count}" for label, count in list(facts.classes.items())[:20])
-            table.caption = f"{len(manifest.classes)} classes; {name}: {shown}"
+
+    from data_pipeline.inspect import split_facts, write_contact_sheet
+
+    with _bar() as bar:
+        task = bar.add_task("reading", total=sum(split.num_samples for split in manifest.splits.values()))
+        facts = {name: split_facts(root, manifest, name, lambda: bar.advance(task)) for name in manifest.splits}
+    headings = ("split", "samples", "shards", "MiB", "width", "height", "boxes", "masks", "semantic")
+    table = Table(*headings, title=manifest.name)
+    for name, of in facts.items():
+        sizes = ("{}..{}".format(*of.widths), "{}..{}".format(*of.heights))
+        counts = (str(of.boxes), str(of.masks), str(of.semantic))
+        table.add_row(name, str(of.samples), str(of.shards), f"{of.bytes / 2**20:.1f}", *sizes, *counts)
     console.print(table)
+    if manifest.classes:
+        table = Table("", "class", *facts, title=f"{len(manifest.classes)} classes")
+        for label, name in enumerate(manifest.classes[:SHOWN_CLASSES]):
+            table.add_row(str(label), name, *(str(of.labels[label]) for of in facts.values()))
+        console.print(table)
+    if (more := len(manifest.classes) - SHOWN_CLASSES) > 0:
+        console.print(f"and {more} more classes")
     path = sheet or root / "contact_sheet.png"
-    first = next(iter(manifest.splits.values()))
-    contact_sheet(root, manifest, first).save(path)
-    console.print(f"contact sheet: {path}")
+    if manifest.splits:
+        write_contact_sheet(root, manifest, next(iter(manifest.splits)), path)
+        console.print(f"contact sheet: {path}")
 
 
 @app.command()
@@ -109,16 +121,20 @@ def verify(root: Annotated[Path, typer.Argument(help="Folder of a data set.")]) 
 
     Example: dicm data verify data/scenes
     """
-    from data_pipeline.build import verify as faults_of
     from data_pipeline.errors import DataError
     from data_pipeline.shards import Manifest
 
-    total = sum(len(split.shards) for split in Manifest.load(root).splits.values())
+    manifest = Manifest.load(root)
+    total = sum(split.num_samples for split in manifest.splits.values())
+
+    from data_pipeline.verify import faults
+
     with _bar() as bar:
         task = bar.add_task("verifying", total=total)
-        faults = list(faults_of(root, lambda: bar.advance(task)))
-    for fault in faults:
-        console.print(fault, highlight=False, soft_wrap=True)
-    if faults:
-        raise DataError(f"{root}: {len(faults)} fault(s); build it again or fetch the shards named above")
-    console.print(f"{root}: {total} shards, nothing wrong")
+        found = list(faults(root, progress=lambda samples: bar.advance(task, samples)))
+    for fault in found:
+        console.print(fault)
+    if found:
+        raise DataError(f"{root}: {len(found)} faults; build it again, or fetch the shards named above")
+    num_shards = sum(len(split.shards) for split in manifest.splits.values())
+    console.print(f"{root}: {total} samples in {num_shards} shards, nothing wrong")

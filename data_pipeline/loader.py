@@ -3,16 +3,23 @@
 A canvas is an image squashed to a square of `canvas_size` pixels, uint8; its true aspect travels along, and crops
 are drawn in the true image's proportions. All that follows decoding is batched on the device (`views`). Worker
 processes only decode: the order comes from the sampler, so their number changes nothing.
+
+Decoding gives what Pillow's `convert("RGB")` after `exif_transpose` would: upright by the EXIF orientation,
+greyscale repeated over three channels, CMYK converted, 16 bits reduced to 8, transparency dropped. What cannot be
+decoded is refused with the sample's key, never replaced.
 """
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import PIL.Image
 import simplejpeg
 import torch
 from torch import Tensor
@@ -22,6 +29,14 @@ from data_pipeline.errors import DataError
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, ShardReader
 
+ORIENTATION_TAG = 0x0112
+JPEG_START = b"\xff\xd8\xff"
+# What an EXIF block opens with, by whether the file is a JPEG; the others are PNG and WebP.
+EXIF_MARKS = {True: (b"Exif\x00\x00",), False: (b"eXIf", b"EXIF")}
+
+# OpenCV prints a warning on damaged files, for which we raise an error with the sample's name.
+cv2.setLogLevel(2)
+
 
 class CanvasBatch(NamedTuple):
     """A batch of N decoded images."""
@@ -29,7 +44,7 @@ class CanvasBatch(NamedTuple):
     canvas: Tensor  # (N, 3, S, S) uint8 RGB
     aspect: Tensor  # (N,) float32, width / height of the source image
     label: Tensor  # (N,) int64, -1 where there is none
-    index: Tensor  # (N,) int64 dataset index
+    index: Tensor  # type: ignore[assignment]  # (N,) int64 dataset index; hides tuple.index
 
 
 class Canvas(NamedTuple):
@@ -38,7 +53,7 @@ class Canvas(NamedTuple):
     pixels: np.ndarray
     aspect: float
     label: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
 
 
 def decode_image(data: bytes, size: int | None = None) -> np.ndarray:
@@ -50,41 +65,78 @@ def decode_image(data: bytes, size: int | None = None) -> np.ndarray:
     Raises:
         DataError: the bytes are not an image.
     """
-    try:
-        if simplejpeg.is_jpeg(data) and not _has_exif(data):
-            minimum = {} if size is None else {"min_height": size, "min_width": size, "min_factor": 1}
-            return simplejpeg.decode_jpeg(data, "RGB", fastdct=True, fastupsample=False, **minimum)
-        # OpenCV turns the image upright by its EXIF tag, and reads what libjpeg-turbo's RGB output cannot give.
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except (ValueError, cv2.error) as error:
-        raise DataError(f"not an image that can be decoded ({error})") from error
-    if pixels is None:
-        raise DataError("not an image that can be decoded")
-    return pixels
-
-
-def _has_exif(data: bytes) -> bool:
-    return b"Exif\x00" in data[:4096]
+    return _decode(data, size)[0]
 
 
 def decode_canvas(data: bytes, size: int) -> tuple[np.ndarray, float]:
-    """The canvas (size, size, 3) of an image and the image's aspect, width / height.
+    """The canvas (size, size, 3) uint8 of an image and the true image's aspect, width / height.
 
-    An image that is size x size already comes unchanged; a larger one is averaged over areas, a smaller one
-    interpolated.
+    An image that is size x size already comes unchanged; a side that shrinks is averaged over areas, one that
+    grows is interpolated linearly.
+
+    Raises:
+        DataError: the bytes are not an image.
     """
-    pixels = decode_image(data, size)
+    pixels, aspect = _decode(data, size)
     height, width = pixels.shape[:2]
-    if (height, width) != (size, size):
-        shrinks = height >= size and width >= size
-        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return pixels, width / height
+    if height > size or width > size:
+        pixels = cv2.resize(pixels, (min(width, size), min(height, size)), interpolation=cv2.INTER_AREA)
+    if height < size or width < size:
+        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
+    return pixels, aspect
+
+
+def _decode(data: bytes, size: int | None) -> tuple[np.ndarray, float]:
+    """Upright pixels, a JPEG's possibly reduced to no less than `size`, and the full image's width / height."""
+    # Not simplejpeg.is_jpeg: cameras append to their files, which then do not end as it asks.
+    is_jpeg = data.startswith(JPEG_START)
+    try:
+        if is_jpeg:
+            height, width = simplejpeg.decode_jpeg_header(data)[:2]
+            # The accurate transform costs the same here and equals libjpeg's bit for bit.
+            options = {} if size is None else {"min_height": size, "min_width": size, "min_factor": 1}
+            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, **options)
+        else:
+            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+            height, width = (0, 0) if pixels is None else pixels.shape[:2]
+    except ValueError as error:
+        raise DataError(f"not an image that can be decoded ({error})") from error
+    except cv2.error as error:
+        raise DataError(f"not an image that can be decoded ({error.err})") from error
+    if pixels is None:
+        raise DataError(f"not an image that can be decoded ({len(data)} bytes); use JPEG, PNG or WebP")
+    orientation = _orientation(data) if any(mark in data for mark in EXIF_MARKS[is_jpeg]) else 1
+    aspect = height / width if orientation >= 5 else width / height
+    return _upright(pixels, orientation), aspect
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation 1..8; 1 where the EXIF block is damaged, which leaves the picture readable."""
+    try:
+        orientation = PIL.Image.open(io.BytesIO(data)).getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # Pillow's parsers raise many classes on damaged metadata
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation: 2..4 mirror or turn by 180 degrees, 5..8 also swap the axes."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 class CanvasDataset(Dataset[Canvas]):
     """Map-style data set over the shards of one split; items are `Canvas`."""
 
     def __init__(self, root: str | Path, split: str, canvas_size: int):
+        if canvas_size < 1:
+            raise DataError(f"canvas_size={canvas_size} is impossible; it must be at least 1")
         self.reader = ShardReader(root, Manifest.load(root).split(split))
         self.canvas_size = canvas_size
 
@@ -93,19 +145,41 @@ class CanvasDataset(Dataset[Canvas]):
 
     def __getitem__(self, index: int) -> Canvas:
         sample = self.reader.read(index)
-        image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-        if image is None:
-            raise DataError(f"{self.reader.root}: sample {sample['__key__']} has no image; build the data set again")
         try:
+            image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+            if image is None:
+                raise DataError("has no image; build the data set again")
             pixels, aspect = decode_canvas(image, self.canvas_size)
         except DataError as error:
             raise DataError(f"{self.reader.root}: sample {sample['__key__']}: {error}") from error
         label = json.loads(sample.get("json", b"{}")).get("label")
         return Canvas(pixels, aspect, -1 if label is None else int(label), index)
 
+    def __getitems__(self, indexes: list[int]) -> list[Canvas] | DataError:
+        """A batch for DataLoader; an error travels as a value to `CanvasLoader`, which raises it."""
+        try:
+            return [self[index] for index in indexes]
+        except DataError as error:
+            return error
 
-def collate(samples: list[Canvas]) -> CanvasBatch:
+
+class CanvasLoader(DataLoader[CanvasBatch]):
+    """A DataLoader that raises a worker's DataError as it was.
+
+    DataLoader itself would put the worker's traceback into the message, which is to be one line.
+    """
+
+    def __iter__(self) -> Iterator[CanvasBatch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+def collate(samples: list[Canvas] | DataError) -> CanvasBatch | DataError:
     """Stack canvases to (N, 3, S, S)."""
+    if isinstance(samples, DataError):
+        return samples
     pixels = np.stack([sample.pixels for sample in samples])
     return CanvasBatch(
         torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
@@ -128,7 +202,7 @@ def train_loader(
     samples_seen: int = 0,
     shuffle_shards: int = 16,
     num_lanes: int = 128,
-) -> DataLoader[CanvasBatch]:
+) -> CanvasLoader:
     """This rank's batches without end, from position `samples_seen` of the order; `batch_size` is global.
 
     Raises:
@@ -136,12 +210,12 @@ def train_loader(
     """
     dataset = CanvasDataset(root, split, canvas_size)
     if batch_size > len(dataset):
-        raise DataError(f"{root}: batch_size={batch_size} is larger than the {len(dataset)} samples of {split}")
-    if batch_size < world:
-        raise DataError(f"batch_size={batch_size} is too small for {world} workers; use at least {world}")
+        raise DataError(
+            f"{root}: batch_size={batch_size} is larger than the {len(dataset)} samples of split {split!r}; "
+            f"use at most {len(dataset)}"
+        )
     order = SampleOrder(dataset.reader.split.shard_sizes, seed, shuffle_shards, num_lanes)
-    sampler = ElasticSampler(order, batch_size, rank, world, samples_seen)
-    return _loader(dataset, sampler, num_workers)
+    return _loader(dataset, ElasticSampler(order, batch_size, rank, world, samples_seen), num_workers)
 
 
 def eval_loader(
@@ -154,12 +228,14 @@ def eval_loader(
     world: int = 1,
     num_workers: int = 0,
     limit: int | None = None,
-) -> DataLoader[CanvasBatch]:
+) -> CanvasLoader:
     """Each sample of the split once, in order, or `limit` of them spread evenly; rank r takes every world-th.
 
-    `batch_size` is this rank's.
+    `batch_size` is this rank's; the last batch may be smaller.
     """
     dataset = CanvasDataset(root, split, canvas_size)
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size} is impossible; it must be at least 1")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     # Spread, because image folders come class by class.
     indexes = (np.arange(count) * len(dataset) // max(count, 1))[rank::world].tolist()
@@ -167,10 +243,12 @@ def eval_loader(
     return _loader(dataset, batches, num_workers)
 
 
-def _loader(dataset: CanvasDataset, batches: object, num_workers: int) -> DataLoader[CanvasBatch]:
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+def _loader(dataset: CanvasDataset, batches: Iterable[list[int]], num_workers: int) -> CanvasLoader:
+    if num_workers < 0:
+        raise DataError(f"num_workers={num_workers} is impossible; 0 decodes in the process itself")
+    return CanvasLoader(
+        dataset,  # type: ignore[arg-type]  # `collate` makes the batches of its samples
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -180,4 +258,5 @@ def _loader(dataset: CanvasDataset, batches: object, num_workers: int) -> DataLo
 
 
 def _one_thread(_: int) -> None:
+    # A worker is one thread by design; OpenCV's pool also does not survive the fork that made the worker.
     cv2.setNumThreads(0)

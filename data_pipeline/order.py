@@ -1,53 +1,70 @@
 """Who reads which sample when: an order that depends on the data set and the seed alone.
 
 The order is an infinite sequence of dataset indexes, epoch after epoch, each sample exactly once an epoch. It is a
-pure function of (shard sizes, seed, shuffle_shards, num_lanes): neither the number of ranks, nor of workers, nor
-the batch size enters, so a run can stop on eight machines and go on with three, and its whole state is one
+pure function of (shard sizes, seed, shuffle_shards, num_lanes): neither the number of ranks, nor of workers,
+nor the batch size enters, so a run can stop on eight machines and go on with three, and its whole state is one
 integer, the number of samples seen.
 
-An epoch is made in two steps. First a list: shards are permuted, joined in pools of `shuffle_shards`, and samples
-permuted inside each pool, which mixes well while few shards are open at a time. Then lanes: the list is cut into
-`num_lanes` contiguous chunks and read across them, position p being item p // num_lanes of lane p % num_lanes. A
-batch therefore touches all lanes, while a rank, given a block of neighbouring lanes, needs only their shards.
+An epoch is made in two steps. First a list: shards are permuted, joined in pools of `shuffle_shards`, and
+samples permuted inside each pool, which mixes well while few shards are open at a time. Then lanes: the list is
+cut into `num_lanes` contiguous chunks and read across them, position p being item p // num_lanes of lane
+p % num_lanes. A batch therefore touches all lanes, while a rank, given a block of neighbouring lanes, needs only
+their shards.
+
+    list of the epoch   | a b c d | e f g | h i j |        10 samples, 3 lanes
+    order               a e h  b f i  c g j  d
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from data_pipeline.errors import DataError
 
 # An epoch's list is kept while it is read, with its successor for batches that run across the end.
 KEPT_EPOCHS = 2
 
 
 class SampleOrder:
-    """The infinite order of samples.
+    """The infinite order of samples. Memory is that of two epochs' lists: 16 bytes a sample.
 
     Args:
         shard_sizes: samples in each shard; dataset indexes count through them (shard-major).
-        seed: of all permutations.
+        seed: of all permutations, 0 or more.
         shuffle_shards: shards in a pool; 0 keeps the order on disk.
-        num_lanes: contiguous chunks that an epoch's list is cut into.
+        num_lanes: contiguous chunks that an epoch's list is cut into; a data set with fewer samples has as many
+            lanes as samples.
+
+    Raises:
+        DataError: no samples, or a value out of range.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int = 0, shuffle_shards: int = 16, num_lanes: int = 128):
-        if num_lanes < 1 or shuffle_shards < 0:
-            raise ValueError(f"num_lanes={num_lanes} and shuffle_shards={shuffle_shards} must be positive")
+        for name, value, least in (("seed", seed, 0), ("shuffle_shards", shuffle_shards, 0),
+                                   ("num_lanes", num_lanes, 1)):  # fmt: skip
+            if value < least:
+                raise DataError(f"{name}={value} is impossible; it must be at least {least}")
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.seed, self.shuffle_shards, self.num_lanes = seed, shuffle_shards, num_lanes
+        self.seed, self.shuffle_shards = seed, shuffle_shards
         self.num_samples = int(self.shard_sizes.sum())
-        if self.num_samples < 1:
-            raise ValueError("an order needs at least one sample")
+        if self.num_samples < 1 or self.shard_sizes.min() < 0:
+            raise DataError("the split has no samples; build a data set with at least one image")
+        self.num_lanes = min(num_lanes, self.num_samples)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._epochs: dict[int, np.ndarray] = {}
+        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def take(self, start: int, stop: int) -> np.ndarray:
-        """Dataset index (int64) at each global position start..stop-1; positions run on across epochs."""
-        positions = np.arange(start, stop, dtype=np.int64)
-        epochs, within = np.divmod(positions, self.num_samples)
-        indexes = np.empty_like(positions)
+        """Dataset index (int64) at each global position start..stop-1; positions run on across epochs.
+
+        Costs one permutation of an epoch where its list is not at hand, whatever the position: nothing is
+        replayed.
+        """
+        epochs, within = np.divmod(np.arange(start, stop, dtype=np.int64), self.num_samples)
+        indexes = np.empty_like(within)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             indexes[chosen] = self.epoch(int(epoch))[self._list_positions(within[chosen])]
@@ -55,65 +72,82 @@ class SampleOrder:
 
     def lanes(self, start: int, stop: int) -> np.ndarray:
         """Lane (int64) of each global position start..stop-1."""
-        within = np.arange(start, stop, dtype=np.int64) % self.num_samples
-        return within % min(self.num_lanes, self.num_samples)
+        return np.arange(start, stop, dtype=np.int64) % self.num_samples % self.num_lanes
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The list of epoch `epoch` before it is cut into lanes: a permutation of all dataset indexes."""
         if epoch not in self._epochs:
             self._epochs[epoch] = self._permute(epoch)
-            for old in sorted(self._epochs)[:-KEPT_EPOCHS]:
-                del self._epochs[old]
+            if len(self._epochs) > KEPT_EPOCHS:
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(epoch)
         return self._epochs[epoch]
 
     def _permute(self, epoch: int) -> np.ndarray:
         if self.shuffle_shards == 0:
             return np.arange(self.num_samples, dtype=np.int64)
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch))))
-        shards = generator.permutation(len(self.shard_sizes))
+        bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch)))
+        shards = _permutation(bits, len(self.shard_sizes))
         pools = []
         for first in range(0, len(shards), self.shuffle_shards):
             members = shards[first : first + self.shuffle_shards]
             pool = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in members])
-            pools.append(generator.permutation(pool))
+            pools.append(pool[_permutation(bits, len(pool))])
         return np.concatenate(pools)
 
     def _list_positions(self, within: np.ndarray) -> np.ndarray:
-        """Place in the epoch's list of position p of the epoch: item p // lanes of lane p % lanes.
+        """Place in the epoch's list of position p of the epoch: item p // num_lanes of lane p % num_lanes.
 
-        Lengths of chunks differ by at most one: the first `longer` lanes hold one item more than the others, which
-        is what reading across the lanes until all are empty asks for.
+        The first `longer` lanes hold one item more than the others: reading across, the last, unfinished row
+        then ends at a lane's last item, and no lane is empty before its turn.
         """
-        num_lanes = min(self.num_lanes, self.num_samples)
-        shorter, longer = divmod(self.num_samples, num_lanes)
-        item, lane = np.divmod(within, num_lanes)
+        shorter, longer = divmod(self.num_samples, self.num_lanes)
+        item, lane = np.divmod(within, self.num_lanes)
         return lane * shorter + np.minimum(lane, longer) + item
 
 
 class ElasticSampler(Sampler[list[int]]):
     """This rank's batches of a `SampleOrder`, without end: a batch sampler for torch's DataLoader.
 
-    A global batch is the next (batch_size // world) * world positions, sorted by lane and cut into `world` equal
-    blocks, so that a rank keeps to its few lanes and their shards.
+    A global batch is the next `global_batch` positions, sorted by lane and cut into `world` equal blocks, so
+    that a rank keeps to its few lanes and their shards. The sampler itself does not move: a loader fetches
+    ahead, so only the caller knows which batches were used, and a new iteration starts at `samples_seen` again.
 
     Args:
         order: the order to follow.
-        batch_size: global, over all ranks.
+        batch_size: wanted over all ranks; what `world` does not divide is left to the next batch.
         rank, world: which block is ours.
-        samples_seen: position to start from.
+        samples_seen: position to start from; advance it by `global_batch` a step to resume.
+
+    Raises:
+        DataError: a batch smaller than the number of ranks, a rank outside the world, a negative position.
     """
 
     def __init__(self, order: SampleOrder, batch_size: int, rank: int, world: int, samples_seen: int = 0):
-        if not 0 <= rank < world or batch_size < world:
-            raise ValueError(f"batch_size={batch_size} cannot be shared by rank {rank} of {world}")
+        if not 0 <= rank < world:
+            raise DataError(f"rank={rank} is outside a world of {world}")
+        if batch_size < world:
+            raise DataError(f"batch_size={batch_size} is too small for {world} workers; use at least {world}")
+        if samples_seen < 0:
+            raise DataError(f"samples_seen={samples_seen} is impossible; it must be at least 0")
         self.order, self.rank, self.world, self.samples_seen = order, rank, world, samples_seen
         self.local_batch = batch_size // world
+        self.global_batch = self.local_batch * world
 
     def __iter__(self) -> Iterator[list[int]]:
-        size = self.local_batch * self.world
-        position = self.samples_seen
+        start = self.samples_seen
+        ours = slice(self.rank * self.local_batch, (self.rank + 1) * self.local_batch)
         while True:
-            by_lane = np.argsort(self.order.lanes(position, position + size), kind="stable")
-            block = by_lane[self.rank * self.local_batch : (self.rank + 1) * self.local_batch]
-            yield self.order.take(position, position + size)[block].tolist()
-            position += size
+            stop = start + self.global_batch
+            by_lane = np.argsort(self.order.lanes(start, stop), kind="stable")
+            yield self.order.take(start, stop)[by_lane[ours]].tolist()
+            start = stop
+
+
+def _permutation(bits: np.random.PCG64, count: int) -> np.ndarray:
+    """A random permutation of 0..count-1, the ranks of raw 64-bit draws.
+
+    NumPy promises that a bit generator's raw stream never changes, but not what `Generator.permutation` makes of
+    it: a run resumed after an upgrade must find the same order.
+    """
+    return np.argsort(bits.random_raw(count), kind="stable")

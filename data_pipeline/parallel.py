@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import batched, islice
+from itertools import islice
 from typing import TypeVar
 
 J = TypeVar("J")
@@ -18,12 +18,13 @@ def ordered_map(
 ) -> Iterator[R]:
     """Results of `function` over `jobs`, in the order of the jobs, computed by `num_processes` processes.
 
-    `Executor.map` submits all jobs at once and keeps every result until it is asked for; here at most four chunks a
-    process are under way, so memory stays flat over millions of images. None means one process a core.
+    `Executor.map` submits all jobs at once and keeps every result until it is asked for; here at most four
+    chunks a process are under way, so memory stays flat over millions of images. None: a process a core.
     """
     num_processes = num_processes or os.cpu_count() or 1
     with ProcessPoolExecutor(num_processes, initializer=_one_thread) as pool:
-        chunks = batched(jobs, chunk)
+        left = iter(jobs)
+        chunks = iter(lambda: tuple(islice(left, chunk)), ())
         pending: deque[Future[list[R]]] = deque(
             pool.submit(_apply, function, part) for part in islice(chunks, 4 * num_processes)
         )

@@ -141,9 +141,7 @@ def _annotate(pixels: np.ndarray, masks: np.ndarray, kinds: np.ndarray, full: np
     )
 
 
-def _relief(
-    random: np.random.Generator, name: str, side: int, radius: float, centre: np.ndarray
-) -> Relief:
+def _relief(random: np.random.Generator, name: str, side: int, radius: float, centre: np.ndarray) -> Relief:
     """Silhouette of a shape, turned and stretched, and the normals of its inflated surface."""
     angle = random.uniform(0, 2 * math.pi)
     stretch = random.uniform(0.8, 1.0)

@@ -5,10 +5,10 @@
       train-000000.tar        KEY.jpg KEY.json [KEY.mask.png] KEY.jpg ...
       val-000000.tar
 
-The tars are plain WebDataset: `webdataset.WebDataset` reads them. The manifest adds what it lacks: the sha256 of
-each shard, checked before a byte of it is used, and the offset of every sample, so that any sample is read by
-itself and order is free of the layout on disk. Files are written under a temporary name and renamed; tar headers
-carry no time and no owner, so equal input gives equal bytes.
+The tars are plain WebDataset: `webdataset.WebDataset` reads them. The manifest adds what it lacks: the sha256
+of each shard, checked before a byte of it is used, and the offset of every sample, so that any sample is read
+by itself and order is free of the layout on disk. Files are written under a temporary name and renamed; tar
+headers carry no time and no owner, so equal input gives equal bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import OrderedDict
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -37,11 +39,14 @@ SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "mask.png")
+PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")  # fields that stock readers unpickle
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+BLOCK = 512  # tar pads everything to blocks of this many bytes
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: file name, checksum, size in bytes, number of samples, byte offset of each sample's first header."""
+    """One tar: file name, checksum, size in bytes, samples, byte offset of each sample's first header."""
 
     name: str
     sha256: str
@@ -83,6 +88,8 @@ class Manifest:
         Raises:
             DataError: no such folder, not a data set, a damaged or newer manifest.
         """
+        if str(root).startswith("pipe:"):
+            raise DataError(f"{root}: pipe: addresses run commands and are refused; name a folder of shards")
         root = Path(root)
         path = root / MANIFEST
         if not root.is_dir():
@@ -96,23 +103,23 @@ class Manifest:
             fields = json.loads(path.read_text())
             version = fields["schema_version"]
             if version > SCHEMA_VERSION:
-                raise DataError(f"{path}: schema version {version} is newer than this dicm reads; update dicm")
+                raise DataError(
+                    f"{path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest that this "
+                    "dicm reads; update dicm"
+                )
             splits = {
-                name: Split(tuple(Shard(**{**shard, "offsets": tuple(shard["offsets"])}) for shard in split["shards"]))
+                name: Split(tuple(_shard(shard, path) for shard in split["shards"]))
                 for name, split in fields["splits"].items()
             }
-            manifest = cls(fields["name"], tuple(fields["classes"]), splits, version)
+            return cls(fields["name"], tuple(fields["classes"]), splits, version)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged manifest ({error}); build the data set again") from error
-        for split in manifest.splits.values():
-            for shard in split.shards:
-                if Path(shard.name).name != shard.name or len(shard.offsets) != shard.samples:
-                    raise DataError(f"{path}: damaged entry of shard {shard.name!r}; build the data set again")
-        return manifest
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from error
 
     def save(self, root: str | Path) -> None:
         """Write ROOT/dataset.json, whole or not at all."""
-        with _replacing(Path(root) / MANIFEST) as file:
+        with _Replacing(Path(root) / MANIFEST) as file:
             file.write(self._json().encode())
 
     def split(self, name: str) -> Split:
@@ -128,6 +135,22 @@ class Manifest:
 
     def _json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+
+
+def _shard(fields: dict[str, Any], path: Path) -> Shard:
+    """A shard's entry, checked as far as that goes without its bytes."""
+    shard = Shard(**{**fields, "offsets": tuple(fields["offsets"])})
+    if shard.name.startswith("pipe:"):
+        raise DataError(f"{path}: shard {shard.name!r} is a pipe: address, which would run a command; refused")
+    bounds = (*shard.offsets, shard.bytes)
+    if (
+        not SHARD_NAME.fullmatch(shard.name)
+        or not len(shard.offsets) == shard.samples > 0
+        or shard.offsets[0] != 0
+        or any(start % BLOCK or start >= stop for start, stop in pairwise(bounds))
+    ):
+        raise DataError(f"{path}: damaged entry of shard {shard.name!r}; build the data set again")
+    return shard
 
 
 class _Replacing(io.FileIO):
@@ -148,9 +171,6 @@ class _Replacing(io.FileIO):
             self.temporary.unlink(missing_ok=True)
 
 
-_replacing = _Replacing
-
-
 @contextmanager
 def new_dataset(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and is removed otherwise.
@@ -158,29 +178,35 @@ def new_dataset(out: Path) -> Iterator[Path]:
     Raises:
         DataError: `out` holds something already, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out}: is there already; name a new folder or remove it")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    target = Path(os.path.abspath(out))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise DataError(f"{out}: is there already; name a new folder or remove it")
         temporary.mkdir(parents=True)
         yield temporary
-        os.replace(temporary, out)
+        os.replace(temporary, target)
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error}); free space or name another folder") from error
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror or error}); free space or name another folder"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ShardWriter:
-    """Writes the samples of one split into shards of at most `max_samples` samples; a context manager.
+    """Writes the samples of one split into shards; a context manager.
 
-    `shards` holds the finished ones once the block has ended.
+    A shard is closed when it holds `max_samples` samples or `max_bytes` bytes: it is what a cache fetches and
+    a process verifies at once, so it should neither be tiny nor take minutes. `shards` holds the finished ones
+    once the block has ended.
     """
 
-    def __init__(self, root: str | Path, split: str, *, max_samples: int = 1000):
-        self.root, self.split, self.max_samples = Path(root), split, max_samples
+    def __init__(self, root: str | Path, split: str, *, max_samples: int = 1000, max_bytes: int = 256 * 2**20):
+        self.root, self.split, self.max_samples, self.max_bytes = Path(root), split, max_samples, max_bytes
         self.shards: list[Shard] = []
         self._file: _Replacing | None = None
+        self._tar: Any = None
         self._offsets: list[int] = []
 
     def write(self, sample: Mapping[str, Any]) -> None:
@@ -190,11 +216,11 @@ class ShardWriter:
             DataError: a field of another name; pickles above all have no place in a data set.
         """
         for extension in sample:
-            if extension != "__key__" and extension not in EXTENSIONS:
-                raise DataError(
-                    f"{sample['__key__']}: field {extension!r} is not one of {', '.join(EXTENSIONS)}; leave it out"
-                )
-        if len(self._offsets) == self.max_samples:
+            if extension != "__key__":
+                _check_field(extension, str(sample["__key__"]))
+        if len(self._offsets) == self.max_samples or (
+            self._file is not None and self._tar.tarstream.offset >= self.max_bytes
+        ):
             self._finish()
         if self._file is None:
             name = f"{self.split}-{len(self.shards):06d}.tar"
@@ -211,9 +237,7 @@ class ShardWriter:
             path = file.path
         with path.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        self.shards.append(
-            Shard(path.name, digest, path.stat().st_size, len(self._offsets), tuple(self._offsets))
-        )
+        self.shards.append(Shard(path.name, digest, path.stat().st_size, len(self._offsets), tuple(self._offsets)))
         self._file, self._offsets = None, []
 
     def __enter__(self) -> Self:
@@ -255,8 +279,8 @@ class ShardReader:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
-    def read(self, index: int) -> dict[str, bytes]:
-        """Fields of sample `index` by extension, and its key as "__key__".
+    def read(self, index: int) -> dict[str, Any]:
+        """Fields of sample `index` by extension, as bytes, and its key as "__key__".
 
         Raises:
             DataError: the sample's shard is missing or is not what the manifest lists.
@@ -265,9 +289,9 @@ class ShardReader:
         shard = self.split.shards[number]
         start = shard.offsets[sample]
         stop = shard.offsets[sample + 1] if sample + 1 < shard.samples else shard.bytes
-        file = self._file(number)
-        file.seek(start)
-        return parse_sample(file.read(stop - start), f"{self.root / shard.name}, sample {sample}")
+        # pread: processes forked after the file was opened share its position, so none may move it.
+        data = os.pread(self._file(number).fileno(), stop - start, start)
+        return parse_sample(data, f"{self.root / shard.name}, sample {sample}")
 
     def _file(self, number: int) -> BinaryIO:
         if number in self._open:
@@ -285,7 +309,7 @@ class ShardReader:
                 raise DataError(f"{path}: has {size} bytes instead of {shard.bytes}; fetch the shard again")
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                 file.close()
-                raise DataError(f"{path}: its bytes are not those of the manifest (sha256); fetch the shard again")
+                raise DataError(f"{path}: damaged, its sha256 is not the one in {MANIFEST}; fetch the shard again")
             self._verified.add(number)
         self._open[number] = file
         if len(self._open) > self.MAX_OPEN:
@@ -294,19 +318,26 @@ class ShardReader:
 
 
 def parse_sample(data: bytes, where: str) -> dict[str, Any]:
-    """Fields of the tar members in `data`, the bytes of one sample."""
+    """Fields of the tar members in `data`, the bytes of one sample, and its key as "__key__"."""
     fields: dict[str, Any] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
-                if extension not in EXTENSIONS:
-                    raise DataError(f"{where}: field {extension!r} is refused; build the data set with `dicm data build`")
+                _check_field(extension, where)
                 content = tar.extractfile(member)
                 if content is None:
-                    raise DataError(f"{where}: {member.name} is not a plain file")
-                fields["__key__"] = key
+                    raise DataError(f"{where}: {member.name} is not a plain file; build the data set again")
+                if fields.setdefault("__key__", key) != key:
+                    raise DataError(f"{where}: the index in {MANIFEST} is off; build the data set again")
                 fields[extension] = content.read()
     except tarfile.TarError as error:
         raise DataError(f"{where}: damaged ({error}); fetch the shard again") from error
     return fields
+
+
+def _check_field(extension: str, where: str) -> None:
+    if extension in PICKLES:
+        raise DataError(f"{where}: field {extension!r} is a pickle and could run code; refused, leave it out")
+    if extension not in EXTENSIONS:
+        raise DataError(f"{where}: field {extension!r} is not one of {', '.join(EXTENSIONS)}; leave it out")

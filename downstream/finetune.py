@@ -79,8 +79,8 @@ def check_data(config: FinetuneConfig) -> int:
     for split in ("train", "val"):
         if split not in manifest.splits:
             raise TaskError(
-                f"{config.data} has no {split} split, it has {', '.join(manifest.splits)}; build it with `dicm data build "
-                "imagefolder SRC OUT --val-fraction 0.1`"
+                f"{config.data} has no {split} split, it has {', '.join(manifest.splits)}; "
+                "build it with `dicm data build imagefolder SRC OUT --val-fraction 0.1`"
             )
     if not manifest.classes:
         raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
@@ -283,7 +283,9 @@ class Finetuner:
 
     def _write_results(self, measured: dict[str, float]) -> None:
         if self.runtime.rank == 0:
-            facts = {key: value for key, value in asdict(self.config).items() if key in ("task", "codec", "data", "input")}
+            facts = {
+                key: value for key, value in asdict(self.config).items() if key in ("task", "codec", "data", "input")
+            }
             results = {
                 **facts,
                 "anchor": self.config.anchor,

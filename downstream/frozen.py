@@ -1,7 +1,7 @@
 """The frozen codec, as tasks see it: images or bitstreams in, features and the bits spent out.
 
-Nothing of it changes: no gradients, no batch statistics, no entropy tables. It is not a submodule of what is trained, so
-it is in no optimizer, no checkpoint and no DDP broadcast.
+Nothing of it changes: no gradients, no batch statistics, no entropy tables. It is not a submodule of what is
+trained, so it is in no optimizer, no checkpoint and no DDP broadcast.
 """
 
 from __future__ import annotations

@@ -14,7 +14,9 @@ console = Console()
 
 @app.command()
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe (demo, tiny_imagenet20, dicm_resnet50) or a YAML file.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe (demo, tiny_imagenet20, dicm_resnet50) or a YAML file.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options to change.")] = None,
 ) -> None:
     """Pretrain a codec without labels; the same command again resumes the run.

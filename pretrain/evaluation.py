@@ -57,7 +57,7 @@ def measure_knn(
     if not config.knn_samples or not manifest.classes or "val" not in manifest.splits:
         return {}
     codec.eval()
-    banks = []
+    banks: list[Tensor] = []
     for split in (config.split, "val"):
         limit = min(config.knn_samples, manifest.split(split).num_samples)
         loader = eval_loader(
@@ -78,7 +78,8 @@ def measure_knn(
                     features.append(pooled_features(codec, images, depth_of(stage)).float())
                 labels.append(batch.label.to(runtime.device))
         banks += [runtime.gather(torch.cat(features)), runtime.gather(torch.cat(labels))]
-    return {"knn": knn_accuracy(*banks)}
+    train_features, train_labels, val_features, val_labels = banks
+    return {"knn": knn_accuracy(train_features, train_labels, val_features, val_labels)}
 
 
 def measure_streams(config: PretrainConfig, codec: FeatureCodec, split: str, limit: int = 256) -> dict[str, float]:

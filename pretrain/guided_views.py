@@ -42,14 +42,10 @@ class GuidedViews:
             heat = heatmaps(self.encoder, self._layout(normalize(images)), options.method, options.layer)
         return Guidance(heat, heatmap_boxes(heat, options.threshold))
 
-    def pair(
-        self, canvas: Tensor, aspect: Tensor, size: int, guided: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def pair(self, canvas: Tensor, aspect: Tensor, size: int, guided: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Two augmented, normalised views (N, 3, size, size) and their crops (N, 2, 4)."""
         boxes = self.guidance(canvas).boxes if guided else None
-        view0, view1, crops = two_views(
-            canvas, aspect, size, self.config.views, self.generator, boxes
-        )
+        view0, view1, crops = two_views(canvas, aspect, size, self.config.views, self.generator, boxes)
         return self._layout(view0), self._layout(view1), crops
 
     def natural(self, canvas: Tensor, aspect: Tensor, size: int) -> Tensor:

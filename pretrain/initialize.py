@@ -22,7 +22,8 @@ def create_codec(config: PretrainConfig) -> FeatureCodec:
     if different:
         key = different[0]
         raise CodecError(
-            f"init={config.init} has codec.{key}={getattr(codec.config, key)}, the recipe {getattr(config.codec, key)}; "
+            f"init={config.init} has codec.{key}={getattr(codec.config, key)}, "
+            f"the recipe has {getattr(config.codec, key)}; "
             f"start from a codec of the same configuration or set codec.{key} to its value"
         )
     return codec.requires_grad_(True)

@@ -59,9 +59,7 @@ class ContrastObjective(nn.Module):
         total = self.stage.contrast * contrast
         parts = {"contrast": contrast.detach()}
         if outputs[0].f2 is not None:
-            bpp = torch.stack(
-                [bits_per_pixel([output.y1_likelihoods], view0) for output in outputs]
-            ).mean()
+            bpp = torch.stack([bits_per_pixel([output.y1_likelihoods], view0) for output in outputs]).mean()
             distortion = torch.stack(
                 [l1_distance(output.f2, output.f1, self.stage.relative) for output in outputs]
             ).mean()

@@ -71,7 +71,9 @@ def check_earlier_run(config: PretrainConfig, folder: Path) -> None:
             raise RunError(f"run={folder} is a file; name a folder")
         return
     differences = [
-        line for line in config_diff(load_saved(PretrainConfig, path), config) if line.key.partition(".")[0] not in FREE_KEYS
+        line
+        for line in config_diff(load_saved(PretrainConfig, path), config)
+        if line.key.partition(".")[0] not in FREE_KEYS
     ]
     if differences:
         shown = "; ".join(f"{line.key}: {line.before} there, {line.after} here" for line in differences[:3])

@@ -87,9 +87,8 @@ class Stage:
 
 def set_trained_parts(stage: StageConfig, codec: FeatureCodec, method: Method) -> None:
     """Freeze all, then wake what `stage.trains` names: gradients on, training mode on."""
-    for module in (codec, method):
-        module.eval()
-        module.requires_grad_(False)
+    codec.eval().requires_grad_(False)
+    method.eval().requires_grad_(False)
     if stage.contrast > 0:
         method.set_redundancy("redundancy" in stage.trains)
         method.train()
@@ -116,9 +115,7 @@ def trained_modules(stage: StageConfig, codec: FeatureCodec) -> Iterator[nn.Modu
         yield from (codec.g_a, codec.g_s, codec.h_a, codec.h_s, codec.entropy)
 
 
-def create_optimizer(
-    stage: StageConfig, parameters: list[nn.Parameter], shard: bool
-) -> torch.optim.Optimizer:
+def create_optimizer(stage: StageConfig, parameters: list[nn.Parameter], shard: bool) -> torch.optim.Optimizer:
     """The stage's optimizer; biases, norms and scales of one dimension are not decayed.
 
     `shard` keeps each rank's share of the state only (fairscale OSS; ZeRO stage 1, Rajbhandari et al. 2020).
@@ -140,6 +137,4 @@ def create_optimizer(
 
 def total_steps(config: PretrainConfig, dataset_size: int) -> int:
     """Optimizer steps of a whole run."""
-    return sum(
-        math.ceil(round(stage.epochs * dataset_size) / stage.batch_size) for stage in config.stages
-    )
+    return sum(math.ceil(round(stage.epochs * dataset_size) / stage.batch_size) for stage in config.stages)

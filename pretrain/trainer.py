@@ -134,9 +134,7 @@ class Trainer:
         self._seed(progress.step)
         learning_rate = stage.set_learning_rate(progress.stage_step)
         losses = self._forward_backward(stage, batch)
-        grad_norm = (
-            torch.nn.utils.clip_grad_norm_(stage.parameters, stage.config.clip) if stage.config.clip else None
-        )
+        grad_norm = torch.nn.utils.clip_grad_norm_(stage.parameters, stage.config.clip) if stage.config.clip else None
         stage.optimizer.step()
         stage.optimizer.zero_grad(set_to_none=True)
         if stage.contrastive:

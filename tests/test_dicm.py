@@ -12,7 +12,8 @@ COMMANDS = ["data scenes", "data build", "data inspect", "data verify", "pretrai
 
 def test_import__nothing_heavy():
     """`dicm --help` answers at once because these are imported inside commands alone."""
-    program = "import sys, dicm; print([m for m in ('torch', 'ray', 'numpy', 'timm', 'lightly', 'compressai') if m in sys.modules])"
+    heavy = ("torch", "ray", "numpy", "timm", "lightly", "compressai")
+    program = f"import sys, dicm; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

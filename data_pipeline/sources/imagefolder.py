@@ -1,11 +1,13 @@
-"""Folders of images: SRC/train/CLASS/*, SRC/val/CLASS/*; also SRC/CLASS/* and loose images without classes.
+"""Folders of images: SRC/train/CLASS/*, SRC/val/CLASS/*; also SRC/CLASS/*, and images without classes.
 
-A class is a folder's name; `classes.json` ({folder: readable name}) beside the splits gives names for people.
+A class is a folder's name; classes are numbered in the order of these. `classes.json` ({folder: readable name})
+in SRC gives names for people. Names that begin with a dot are not looked at.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,45 +25,92 @@ class Listing:
     files: tuple[tuple[Path, int | None], ...]
 
 
-def list_images(source: Path) -> tuple[tuple[str, ...], list[Listing]]:
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder holds: class names, the files of each split, and images outside every class folder."""
+
+    classes: tuple[str, ...]
+    listings: tuple[Listing, ...]
+    strays: tuple[Path, ...]
+
+
+def list_images(source: Path) -> ImageFolder:
     """Class names and the files of each split of an image folder.
 
+    A split without any class folder is unlabelled. In a split with class folders, an image beside them has no
+    class: it is a stray.
+
     Raises:
-        DataError: no such folder, no image in it, or splits with other classes.
+        DataError: no such folder, no image in it, splits beside class folders, or classes that train lacks.
     """
     if not source.is_dir():
         raise DataError(f"{source}: no such folder; name one that holds images")
-    roots = {split: source / split for split in SPLITS if (source / split).is_dir()} or {"train": source}
-    folders = sorted({folder.name for root in roots.values() for folder in _class_folders(root)})
-    classes = {name: number for number, name in enumerate(folders)}
-    listings = []
-    for split, root in roots.items():
-        files: list[tuple[Path, int | None]] = []
-        if folders:
-            for folder in _class_folders(root):
-                files += [(path, classes[folder.name]) for path in _images(folder)]
+    top = _classes(source)
+    splits = {split: source / split for split in SPLITS if split in top.folders}
+    if splits and (others := sorted(set(top.folders) - set(splits))):
+        raise DataError(
+            f"{source}: {', '.join(splits)} beside other folders of images ({', '.join(others[:3])}); "
+            "move these into the split they belong to, or rename what is not a split"
+        )
+    found = {split: _classes(root) for split, root in splits.items()} or {"train": top}
+    names = list(found["train"].folders) if "train" in found else []
+    names = names or sorted({name for classes in found.values() for name in classes.folders})
+    numbers = {name: number for number, name in enumerate(names)}
+    listings, strays = [], list(top.loose) if splits else []
+    for split, classes in found.items():
+        if unknown := [name for name in classes.folders if name not in numbers]:
+            raise DataError(
+                f"{source}/{split}: class folders {', '.join(unknown[:3])} are not in {source}/train; "
+                "sort its images into the classes of train, or move them away"
+            )
+        files: list[tuple[Path, int | None]] = [
+            (path, numbers[name]) for name, paths in classes.folders.items() for path in paths
+        ]
+        if files:
+            strays += classes.loose
         else:
-            files = [(path, None) for path in _images(root)]
+            files = [(path, None) for path in classes.loose]
         if files:
             listings.append(Listing(split, tuple(files)))
     if not listings:
         raise DataError(f"{source}: no image in it; images end in {', '.join(SUFFIXES)}")
-    return tuple(_names(source).get(name, name) for name in folders), listings
+    readable = _readable_names(source)
+    return ImageFolder(tuple(readable.get(name, name) for name in names), tuple(listings), tuple(strays))
 
 
-def _class_folders(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.iterdir() if folder.is_dir() and _images(folder))
+@dataclass(frozen=True)
+class _Classes:
+    folders: dict[str, list[Path]]  # by name, sorted; only those with images somewhere below
+    loose: list[Path]
+
+
+def _classes(root: Path) -> _Classes:
+    folders: dict[str, list[Path]] = {}
+    loose: list[Path] = []
+    for path in sorted(path for path in root.iterdir() if not path.name.startswith(".")):
+        if path.is_dir():
+            if images := _images(path):
+                folders[path.name] = images
+        elif path.suffix.lower() in SUFFIXES:
+            loose.append(path)
+    return _Classes(folders, loose)
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    images = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in images if path.suffix.lower() in SUFFIXES)
 
 
-def _names(source: Path) -> dict[str, str]:
+def _readable_names(source: Path) -> dict[str, str]:
     path = source / "classes.json"
     if not path.is_file():
         return {}
     try:
         return {str(key): str(value) for key, value in json.loads(path.read_text()).items()}
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a JSON object of folder names and class names ({error}); mend or remove it") from error
+        raise DataError(
+            f"{path}: not a JSON object of folder names and class names ({error}); mend or remove it"
+        ) from error

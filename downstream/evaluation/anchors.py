@@ -40,7 +40,9 @@ class Anchor:
         """Anchor of "FORMAT:QUALITY", quality 0..100 (TaskError)."""
         name, _, quality = text.partition(":")
         if name not in FORMATS:
-            raise TaskError(f"anchor={text} is unknown; use one of {', '.join(FORMATS)} and a quality, for example jpeg:30")
+            raise TaskError(
+                f"anchor={text} is unknown; use one of {', '.join(FORMATS)} and a quality, for example jpeg:30"
+            )
         if not quality.isdigit() or not 0 <= int(quality) <= 100:
             raise TaskError(f"anchor={text} needs a quality from 0 to 100, for example {name}:30")
         if name != "jpeg" and not features.check(name):
@@ -69,7 +71,9 @@ def _flat_bytes(anchor: Anchor, height: int, width: int) -> int:
     return len(anchor.encode(np.full((height, width, 3), 128, np.uint8)))
 
 
-def through(anchor: Anchor, images: np.ndarray, on_image: Callable[[], None] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def through(
+    anchor: Anchor, images: np.ndarray, on_image: Callable[[], None] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Decoded images (N, H, W, 3) and file sizes (N,) of images (N, H, W, 3) uint8."""
     decoded, sizes = np.empty_like(images), np.empty(len(images), np.int64)
     for number, image in enumerate(images):

@@ -37,7 +37,8 @@ class Backbone(nn.Module):
             if not pretrained:
                 raise
             raise CodecError(
-                f"weights of {name} could not be fetched ({type(error).__name__}); set codec.pretrained=false or connect"
+                f"weights of {name} could not be fetched ({type(error).__name__}); "
+                "set codec.pretrained=false or connect"
             ) from error
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.act1, resnet.maxpool)
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2

@@ -141,7 +141,7 @@ class StreamCoder:
         y2_symbols: Tensor,
         before: Tensor | None = None,
     ) -> None:
-        """Fill `channels` of y2_symbols (C, H, W); `before` are the symbols of the layer that were read already."""
+        """Fill `channels` of y2_symbols (C, H, W); `before` is what of the layer was read already."""
         chosen = indexes[channels]
         found = reader.read(self.tables.y2, chosen.flatten())
         if symbol_digest(found if before is None else torch.cat([before, found])) != layer.digest:

@@ -78,7 +78,7 @@ class FeatureCodec(nn.Module):
         self._prior_stamp: tuple[int, ...] | None = None
 
     def forward(self, images: Tensor) -> CodecOutput:
-        """A pass over normalised images (N, 3, H, W), H, W >= 16: noise in training mode, rounding in eval."""
+        """A pass over normalised images (N, 3, H, W), sides from 16: noise in training, rounding in eval."""
         self._settle()
         height, width = (math.ceil(side / HEAD_STRIDE) for side in images.shape[-2:])
         f1 = self.backbone.head(pad_to(images, Z_STRIDE))
@@ -104,7 +104,7 @@ class FeatureCodec(nn.Module):
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """y2_hat (N, latent_channels, H/16, W/16) of normalised images, H, W rounded up to multiples of 64."""
+        """y2_hat (N, latent_channels, H/16, W/16) of normalised images; H and W become multiples of 64."""
         self._settle()
         y2, z = self._analyse(images)
         z_hat, _ = bottleneck_likelihood(self.entropy.z, z)
@@ -128,7 +128,7 @@ class FeatureCodec(nn.Module):
 
     @property
     def fingerprint(self) -> bytes:
-        """Eight bytes that name this codec: a hash of configuration, tables and all weights but the tail's."""
+        """Eight bytes that name this codec: a hash of its configuration, tables and weights, tail aside."""
         return self._ready().fingerprint
 
     def encode(self, image: Tensor) -> bytes:
@@ -289,7 +289,7 @@ def _hash(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.digest()
 
 

@@ -1,6 +1,7 @@
 """The hyperprior: h_a, y2 (H/16) -> z (H/64), and h_s, z_hat -> means and scales of y2, with ViT blocks.
 
-      y2 -> 1x1 -> ViT -> 3x3 /2 -> ViT -> 3x3 /2 -> ViT -> 1x1 -> z -> 1x1 -> ViT -> x2 -> ViT -> x2 -> ViT -> 1x1 -> means, scales
+      y2 -> 1x1 -> ViT -> 3x3 /2 -> ViT -> 3x3 /2 -> ViT -> 1x1 -> z
+      z_hat -> 1x1 -> ViT -> x2 -> ViT -> x2 -> ViT -> 1x1 -> means, scales
 
 One block at each of three scales models dependencies over the whole latent. Attention is global while a side has at
 most `window` tokens and windowed above, so the cost of a picture grows with its number of pixels.
@@ -121,9 +122,9 @@ class HyperSynthesis(nn.Module):
             ViTBlock(config),
         )
         self.head = nn.Conv2d(dim, 2 * config.latent_channels, 1)
-        with torch.no_grad():
-            # Scales start at one: at zero they would sit on the lower bound, where gradients are one-sided.
-            self.head.bias[config.latent_channels :] = 1.0
+        # Scales start at one: at zero they would sit on the lower bound, where gradients are one-sided.
+        bias = torch.cat([torch.zeros(config.latent_channels), torch.ones(config.latent_channels)])
+        self.head.bias = nn.Parameter(bias)
 
     def forward(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
         means, scales = self.head(self.body(z_hat)).chunk(2, dim=1)

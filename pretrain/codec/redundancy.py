@@ -1,6 +1,7 @@
 """RE, redundancy elimination: what of f1 the contrastive loss does not need is not paid for.
 
-      f1 (C1, H/4) -> 1x1 -> [blocks, 3x3 /2, LN] x 3 -> y1 (192, H/32) -> quantize -> [5x5 x2, LN, blocks] x 3 -> 1x1 -> f2
+      f1 (C1, H/4) -> 1x1 -> [blocks, 3x3 /2, LN] x 3 -> y1 (192, H/32) -> quantize
+      y1_hat -> [5x5 x2, LN, blocks] x 3 -> 1x1 -> f2 (C1, H/4)
 
 y1 is quantized and its rate comes from a factorized prior (Ballé et al. 2018), so training under a weight on that rate
 pushes out of f2 what is redundant. No bits of y1 are ever sent: the stream codes f2 by the compression network.

@@ -33,16 +33,13 @@ def knn_accuracy(
     val_features, val_labels = val_features[val_labels >= 0], val_labels[val_labels >= 0]
     if not len(train_labels) or not len(val_labels):
         raise CodecError(
-            f"kNN has {len(train_labels)} labelled training samples and {len(val_labels)} to classify; "
-            "it needs both"
+            f"kNN has {len(train_labels)} labelled training samples and {len(val_labels)} to classify; it needs both"
         )
     bank = F.normalize(train_features.float(), dim=1).T.contiguous()
     queries = F.normalize(val_features.float(), dim=1)
     num_classes = int(train_labels.max()) + 1
     num_correct = 0
     for query, label in zip(queries.split(QUERIES_AT_ONCE), val_labels.split(QUERIES_AT_ONCE), strict=True):
-        ranked = knn_predict(
-            query, bank, train_labels, num_classes, knn_k=min(k, len(train_labels)), knn_t=temperature
-        )
+        ranked = knn_predict(query, bank, train_labels, num_classes, knn_k=min(k, len(train_labels)), knn_t=temperature)
         num_correct += int((ranked[:, 0] == label).sum())
     return num_correct / len(val_labels)

@@ -35,9 +35,7 @@ def guidance_picture(canvas: Tensor, heat: Tensor, boxes: Tensor, crops: Tensor)
     heats = _resize(heat.float().unsqueeze(1), side).squeeze(1)
     columns = []
     for image, warmth, box, pair in zip(images, heats, boxes.float(), crops.float(), strict=True):
-        overlay = show_cam_on_image(
-            image.permute(1, 2, 0).numpy(), warmth.numpy(), use_rgb=True, image_weight=0.55
-        )
+        overlay = show_cam_on_image(image.permute(1, 2, 0).numpy(), warmth.numpy(), use_rgb=True, image_weight=0.55)
         plain = (image * 255).round().to(torch.uint8)
         above = _draw(plain, torch.cat([box[None], pair]), [BOX_COLOUR, *CROP_COLOURS])
         below = _draw(torch.from_numpy(overlay).permute(2, 0, 1), box[None], [BOX_COLOUR])

@@ -1,0 +1,89 @@
+"""A check of a whole data set: every shard, every sample, every label."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.errors import DataError
+from data_pipeline.loader import decode_image
+from data_pipeline.parallel import ordered_map
+from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, Shard, ShardReader, Split
+
+IGNORE = 255
+
+
+def faults(
+    root: Path, num_processes: int | None = None, progress: Callable[[int], None] | None = None
+) -> Iterator[str]:
+    """What is wrong with the data set `root`, a line each; nothing where it is sound.
+
+    Checks that shards are those of the manifest (size, sha256), that each indexed sample is there and alone, that
+    its image decodes to the size noted, and that labels, boxes and semantic classes lie in range.
+
+    Args:
+        progress: called after each shard with its number of samples.
+
+    Raises:
+        DataError: there is no manifest that can be read.
+    """
+    manifest = Manifest.load(root)
+    jobs = [(root, shard, len(manifest.classes)) for split in manifest.splits.values() for shard in split.shards]
+    for (_, shard, _), found in zip(jobs, ordered_map(shard_faults, jobs, num_processes, chunk=1), strict=True):
+        yield from found
+        if progress is not None:
+            progress(shard.samples)
+    listed = {shard.name for _, shard, _ in jobs}
+    for path in sorted(root.glob("*.tar")):
+        if path.name not in listed:
+            yield f"{path}: is not in the manifest; remove it"
+
+
+def shard_faults(job: tuple[Path, Shard, int]) -> list[str]:
+    """Faults of one shard; its samples are looked at only if its bytes are those of the manifest."""
+    root, shard, num_classes = job
+    reader = ShardReader(root, Split((shard,)))
+    found: list[str] = []
+    for index in range(shard.samples):
+        try:
+            sample = reader.read(index)
+        except DataError as error:
+            return [*found, str(error)]
+        found += (f"{root / shard.name}, sample {index}: {fault}" for fault in sample_faults(sample, num_classes))
+    return found
+
+
+def sample_faults(sample: dict[str, Any], num_classes: int) -> Iterator[str]:
+    """Faults of one sample, as read from its shard."""
+    data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+    if data is None:
+        yield "has no image"
+        return
+    try:
+        height, width = decode_image(data).shape[:2]
+        facts = json.loads(sample.get("json", b"{}"))
+        labels, boxes = facts.get("labels", []), facts.get("boxes", [])
+        if (facts.get("width", width), facts.get("height", height)) != (width, height):
+            yield f"is {width} x {height}, not {facts.get('width')} x {facts.get('height')} as noted"
+        for label in [*labels, *([] if facts.get("label") is None else [facts["label"]])]:
+            if not 0 <= label < num_classes:
+                yield f"label {label} of {num_classes} classes"
+        if len(boxes) != len(labels):
+            yield f"{len(boxes)} boxes with {len(labels)} labels"
+        for left, top, right, bottom in boxes:
+            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+                yield f"box {[left, top, right, bottom]} in an image of {width} x {height}"
+        if "mask.png" in sample:
+            mask = np.asarray(Image.open(io.BytesIO(sample["mask.png"])))
+            if mask.shape != (height, width):
+                yield f"mask of {mask.shape[::-1]} for an image of {width} x {height}"
+            if (mask[mask != IGNORE] > num_classes).any():
+                yield f"semantic class {mask[mask != IGNORE].max()} of {num_classes} classes and background"
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        yield str(error)

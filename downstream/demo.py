@@ -1,0 +1,106 @@
+"""The demo: the whole path on made-up scenes, on two cores without a GPU, ending with a report.
+
+    OUT/
+      scenes/                      the data set
+      runs/pretrain, runs/low      pretraining; the compression network again under a heavier weight of the rate
+      codec, codec_low             the two exported codecs
+      runs/...                     classification on both, and on pixels decoded from JPEG
+      report.html
+
+Every step leaves its result on disk and is passed over when it is there, so a demo that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from data_pipeline.scenes import write_scenes
+from downstream import finetune
+from downstream.evaluation.report import Report
+from pretrain.export import export
+from pretrain.run import resolve, run
+
+TRAIN, VAL, SIZE, SEED = 2000, 400, 64, 0
+WORKERS = 2
+MINUTES = 9
+JPEG_QUALITIES = (1, 20)
+
+
+def run_demo(out: Path, console: Console) -> Path:
+    """Run what is not done yet in `out`; returns the report's path."""
+    report = out / "report.html"
+    console.print(
+        f"The demo takes about {MINUTES} minutes on two cores; the report will be [bold]{report}[/]. "
+        "Stopped, it goes on where it was."
+    )
+    timings = Timings(out / "timings.json", console)
+    data, codecs = out / "scenes", {"codec": out / "codec", "codec_low": out / "codec_low"}
+    commands = [f"dicm data scenes {data} --train {TRAIN} --val {VAL} --size {SIZE}"]
+    timings.step("draw scenes", data, lambda: write_scenes(data, train=TRAIN, val=VAL, size=SIZE, seed=SEED))
+
+    for recipe, name, options in (
+        ("demo", "codec", []),
+        ("demo_low_rate", "codec_low", [f"init={codecs['codec']}"]),
+    ):
+        folder = out / "runs" / ("pretrain" if name == "codec" else "low")
+        overrides = [f"data={data}", f"run={folder}", f"workers={WORKERS}", *options]
+        commands += [f"dicm pretrain {recipe} {' '.join(overrides)}", f"dicm export {folder} {codecs[name]}"]
+        config = resolve(recipe, overrides)
+        timings.step(f"pretrain, recipe {recipe}", folder / "summary.json", partial(run, config))
+        timings.step(f"export {name}", codecs[name] / "README.md", partial(export, folder, codecs[name]))
+
+    inputs = {
+        "streams": [f"codec={codecs['codec']}"],
+        "streams_low": [f"codec={codecs['codec_low']}"],
+        **{f"jpeg_{q}": [f"codec={codecs['codec']}", "input=pixels", f"anchor=jpeg:{q}"] for q in JPEG_QUALITIES},
+    }
+    results = []
+    for name, options in inputs.items():
+        folder = out / "runs" / name
+        # In this process: starting Ray would take longer than the training.
+        overrides = [*options, f"data={data}", f"run={folder}", "launcher=local", "workers=1", "epochs=6"]
+        commands.append(f"dicm finetune classification {' '.join(overrides)}")
+        task = finetune.resolve("classification", overrides)
+        timings.step(f"classify, {name}", folder / finetune.RESULTS, partial(finetune.run, task))
+        results.append(json.loads((folder / finetune.RESULTS).read_text()))
+
+    pages = Report(
+        "dicm demo: made-up scenes",
+        results,
+        out / "runs" / "pretrain",
+        list(codecs.values()),
+        data,
+        timings.seconds,
+        commands,
+    )
+    pages.write(report)
+    for row in results:
+        name = row["anchor"] or Path(row["codec"]).name
+        console.print(f"  {name:<10} {row['bpp']:.3f} bpp  {100 * row['top1']:.1f} % top-1", highlight=False)
+    console.print(f"report: [bold]{report}[/]")
+    return report
+
+
+class Timings:
+    """Runs the steps of the demo that are not done, and keeps the time that each took."""
+
+    def __init__(self, path: Path, console: Console):
+        self.path, self.console = path, console
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def step(self, name: str, result: Path, work: Callable[[], object]) -> None:
+        """Do `work` unless `result` is there."""
+        if result.exists():
+            return
+        self.console.print(f"[bold]{name}[/]")
+        start = time.perf_counter()
+        work()
+        # A step that was stopped and went on counts all its time.
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
+        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")

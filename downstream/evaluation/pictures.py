@@ -1,0 +1,109 @@
+"""Pictures for reports: features as colours, curves of accuracy over rate, training curves."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib as mpl
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.io import encode_png
+
+INK = "#808890"  # readable on light and on dark ground
+SERIES = {"codec": "#2f7ed8", "jpeg": "#d9822b", "webp": "#9467bd", "avif": "#c23b6b", "clean pixels": "#59a14f"}
+MARKERS = {"codec": "o", "jpeg": "s", "webp": "^", "avif": "D"}
+
+
+def pca_picture(features: Tensor, size: int) -> Tensor:
+    """(3, size, size) uint8: the first three principal components of features (C, h, w) as red, green and blue."""
+    channels, height, width = features.shape
+    flat = features.float().reshape(channels, -1).T
+    flat = flat - flat.mean(dim=0)
+    _, _, directions = torch.pca_lowrank(flat, q=min(3, *flat.shape), center=False, niter=4)
+    # A component's sign is arbitrary; fixed, so that pictures of like features look alike.
+    directions = directions * directions.sum(dim=0).sign().where(directions.sum(dim=0) != 0, torch.tensor(1.0))
+    components = F.pad(flat @ directions, (0, 3 - directions.shape[1])).T.view(3, height, width)
+    low = components.flatten(1).quantile(0.02, dim=1).view(3, 1, 1)
+    high = components.flatten(1).quantile(0.98, dim=1).view(3, 1, 1)
+    scaled = ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    return F.interpolate(scaled[None], size=(size, size), mode="nearest")[0].mul(255).round().to(torch.uint8)
+
+
+def png(image: Tensor) -> bytes:
+    """PNG file of (3, H, W) uint8."""
+    return encode_png(image.contiguous()).numpy().tobytes()
+
+
+def rate_accuracy_svg(results: list[dict[str, Any]]) -> str:
+    """Accuracy over bits per pixel, a line for each codec, as SVG; clean pixels as a level line."""
+    figure, axes = _axes("bits per pixel of the validation images, whole files", "top-1 accuracy, %")
+    for name, rows in grouped(results).items():
+        colour = SERIES.get(name, INK)
+        accuracies = [100 * row["top1"] for row in rows]
+        if name == "clean pixels":
+            axes.axhline(accuracies[0], color=colour, linestyle="--", linewidth=1.4)
+            axes.annotate("clean pixels", (1, accuracies[0]), xycoords=("axes fraction", "data"),
+                          xytext=(-4, 4), textcoords="offset points", ha="right", color=colour)  # fmt: skip
+            continue
+        rates = [row["bpp"] for row in rows]
+        axes.plot(rates, accuracies, color=colour, marker=MARKERS.get(name, "o"), linewidth=1.8, label=name)
+        for rate, accuracy, row in zip(rates, accuracies, rows, strict=True):
+            text = row["anchor"] or f"{rate:.3f} bpp"
+            axes.annotate(text, (rate, accuracy), xytext=(6, -12), textcoords="offset points", color=colour, fontsize=9)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=INK)
+    return _svg(figure)
+
+
+def training_svg(rows: list[dict[str, Any]], key: str, label: str) -> str:
+    """A metric of a run over its steps, one colour a stage, as SVG."""
+    figure, axes = _axes("step", label, height=2.6)
+    stages = list(dict.fromkeys(row["stage"] for row in rows if key in row and "stage" in row))
+    for stage, colour in zip(stages, [*SERIES.values()] * 2, strict=False):
+        chosen = [row for row in rows if row.get("stage") == stage and row.get(key) is not None]
+        steps, values = [row["step"] for row in chosen], [row[key] for row in chosen]
+        axes.plot(steps, values, color=colour, marker="o" if len(values) < 12 else None, markersize=4, label=stage)
+    axes.legend(frameon=False, labelcolor=INK, ncols=4, fontsize=9)
+    return _svg(figure)
+
+
+def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results by codec, each in order of rate."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(results, key=lambda row: row["bpp"]):
+        groups.setdefault(series_of(row), []).append(row)
+    return groups
+
+
+def series_of(row: dict[str, Any]) -> str:
+    """The codec of a result: codec, jpeg, ..., or clean pixels."""
+    if row["input"] == "streams":
+        return "codec"
+    return row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels"
+
+
+def _axes(x_label: str, y_label: str, height: float = 3.8) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.tick_params(colors=INK)
+    axes.grid(alpha=0.25)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dicm"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,177 @@
+"""The order of samples: what a run may rely on when it stops, resumes and changes its size."""
+
+from __future__ import annotations
+
+import itertools
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import DataError
+from data_pipeline.order import ElasticSampler, SampleOrder
+
+GOLDEN = [7, 11, 9, 0, 3, 4, 8, 5, 2, 1, 10, 6, 8, 6, 7, 0, 2, 11, 10, 4, 1, 3, 5, 9]
+
+shard_sizes = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(any)
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> SampleOrder:
+    """Orders of all shapes: empty shards, pools that do not divide, more lanes than samples."""
+    return SampleOrder(
+        draw(shard_sizes), draw(st.integers(0, 5)), draw(st.integers(0, 10)), draw(st.integers(1, 40))
+    )
+
+
+def batches(order: SampleOrder, batch_size: int, rank: int, world: int, start: int, count: int) -> list[list[int]]:
+    return list(itertools.islice(ElasticSampler(order, batch_size, rank, world, start), count))
+
+
+@given(orders(), st.integers(0, 4))
+def test_take__each_sample_exactly_once_an_epoch(order: SampleOrder, epoch: int) -> None:
+    start = epoch * order.num_samples
+    taken = order.take(start, start + order.num_samples)
+    assert taken.dtype == np.int64
+    assert sorted(taken) == list(range(order.num_samples))
+
+
+@given(orders(), st.integers(0, 300), st.integers(0, 120), st.integers(0, 120))
+def test_take__pieces_join_to_the_whole_across_epochs(order: SampleOrder, start: int, first: int, second: int) -> None:
+    whole = order.take(start, start + first + second)
+    joined = [*order.take(start, start + first), *order.take(start + first, start + first + second)]
+    assert whole.tolist() == joined
+
+
+@given(orders())
+def test_take__reads_across_lanes_of_nearly_equal_length(order: SampleOrder) -> None:
+    epoch, size = order.epoch(1), order.num_samples
+    chunks = np.array_split(epoch, order.num_lanes)  # its chunks, too, differ by at most one, longer ones first
+    assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
+    for position, index in enumerate(order.take(size, 2 * size)):
+        assert index == chunks[position % order.num_lanes][position // order.num_lanes]
+    assert order.lanes(size, 2 * size).tolist() == [p % order.num_lanes for p in range(size)]
+
+
+@given(shard_sizes, st.integers(1, 10), st.integers(0, 5))
+def test_epoch__a_sample_stays_within_its_pool_of_shards(sizes: list[int], shuffle_shards: int, epoch: int) -> None:
+    order = SampleOrder(sizes, seed=3, shuffle_shards=shuffle_shards)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    shards = shard_of[order.epoch(epoch)]
+    # No shard is met again once a pool that does not hold it has begun: at most `shuffle_shards` are open.
+    alive = [np.flatnonzero(shards == shard)[[0, -1]] for shard in np.unique(shards)]
+    for place in range(len(shards)):
+        assert sum(first <= place <= last for first, last in alive) <= shuffle_shards
+
+
+@given(orders(), st.integers(1, 40), st.sampled_from([(1, 2), (1, 3), (2, 4)]), st.integers(0, 90))
+def test_sampler__the_world_changes_who_reads_but_not_what_is_read(
+    order: SampleOrder, batch: int, worlds: tuple[int, int], start: int
+) -> None:
+    size = batch * 12  # divides by every world, so that global batches are equal
+    read = [
+        [sorted(itertools.chain(*ranks)) for ranks in zip(
+            *(batches(order, size, rank, world, start, 2) for rank in range(world)), strict=True)]
+        for world in worlds
+    ]  # fmt: skip
+    assert read[0] == read[1]
+    assert read[0] == [sorted(order.take(start + k * size, start + (k + 1) * size).tolist()) for k in range(2)]
+
+
+@given(orders(), st.integers(1, 50), st.integers(1, 6), st.integers(0, 60))
+def test_sampler__ranks_share_the_largest_multiple_of_the_world(
+    order: SampleOrder, batch: int, world: int, start: int
+) -> None:
+    batch = max(batch, world)
+    ranks = [batches(order, batch, rank, world, start, 1)[0] for rank in range(world)]
+    assert {len(rank) for rank in ranks} == {batch // world}
+    # Also where the data set is smaller than the batch: positions run on into the next epochs.
+    assert sorted(itertools.chain(*ranks)) == sorted(order.take(start, start + batch // world * world).tolist())
+
+
+@given(orders(), st.integers(1, 30), st.integers(1, 4), st.integers(0, 6))
+def test_sampler__resumes_anywhere_as_if_never_stopped(order: SampleOrder, batch: int, world: int, stop: int) -> None:
+    batch = max(batch, world)
+    whole = batches(order, batch, world - 1, world, 7, stop + 3)
+    fresh = SampleOrder(order.shard_sizes.tolist(), order.seed, order.shuffle_shards, order.num_lanes)
+    position = 7 + stop * ElasticSampler(fresh, batch, 0, world).global_batch
+    assert batches(fresh, batch, world - 1, world, position, 3) == whole[stop:]
+
+
+def test_sampler__resume_with_another_world_reads_each_sample_once() -> None:
+    order = SampleOrder([50, 50, 20], seed=1)
+    first = [batches(order, 24, rank, 3, 0, 2) for rank in range(3)]
+    then = [batches(order, 24, rank, 2, 48, 3) for rank in range(2)]
+    read = [index for rank in (*first, *then) for batch in rank for index in batch]
+    assert sorted(read) == list(range(120))
+
+
+def test_sampler__a_rank_keeps_to_its_lanes_and_so_to_few_shards() -> None:
+    order = SampleOrder([100] * 64, seed=0, shuffle_shards=4, num_lanes=128)
+    shards = [
+        {index // 100 for batch in batches(order, 128, rank, 8, 0, 50) for index in batch} for rank in range(8)
+    ]
+    assert max(map(len, shards)) <= 12  # of 64: two pools of four, and one at either edge
+
+
+def test_sampler__iterates_again_from_the_same_position() -> None:
+    sampler = ElasticSampler(SampleOrder([30]), 8, 0, 1, samples_seen=5)
+    assert next(iter(sampler)) == next(iter(sampler))
+
+
+def test_order__does_not_change_between_versions() -> None:
+    # A run that is resumed after an upgrade must find the order that it began with.
+    assert SampleOrder([4, 3, 5], seed=0, shuffle_shards=2, num_lanes=5).take(0, 24).tolist() == GOLDEN
+
+
+def test_order__seeds_and_epochs_differ() -> None:
+    order, other = SampleOrder([500], seed=0), SampleOrder([500], seed=1)
+    assert order.epoch(0).tolist() != order.epoch(1).tolist()
+    assert order.epoch(0).tolist() != other.epoch(0).tolist()
+
+
+def test_order__without_shuffling_keeps_the_disk_order_within_lanes() -> None:
+    assert SampleOrder([3, 3], shuffle_shards=0, num_lanes=1).take(0, 6).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_epoch__an_earlier_one_can_be_read_again() -> None:
+    order = SampleOrder([9, 4])
+    first = order.epoch(0).tolist()
+    order.epoch(6), order.epoch(7)
+    assert order.epoch(0).tolist() == first
+
+
+def test_take__far_ahead_costs_one_epoch_of_memory() -> None:
+    size = 200_000
+    order = SampleOrder([1000] * 200)
+    tracemalloc.start()
+    for epoch in (10, 10**6, 10**9):
+        order.take(epoch * size, epoch * size + 64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 8 * size  # two lists kept and what making a third takes
+
+
+@settings(max_examples=20)
+@given(st.integers(-3, -1))
+def test_order__refuses_values_out_of_range_by_name(value: int) -> None:
+    for name in ("seed", "shuffle_shards", "num_lanes"):
+        with pytest.raises(DataError, match=f"{name}={value}"):
+            SampleOrder([4], **{name: value})
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 0]])
+def test_order__refuses_an_empty_split(sizes: list[int]) -> None:
+    with pytest.raises(DataError, match="no samples"):
+        SampleOrder(sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "rank", "world", "seen", "words"),
+    [(3, 0, 4, 0, "batch_size=3"), (8, 4, 4, 0, "rank=4"), (8, -1, 4, 0, "rank=-1"), (8, 0, 1, -2, "samples_seen=-2")],
+)
+def test_sampler__refuses_what_cannot_work(batch_size: int, rank: int, world: int, seen: int, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        ElasticSampler(SampleOrder([9]), batch_size, rank, world, seen)
