@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 # OpenMP's threads spin while they wait; where other processes share the cores, a step then takes ten times longer.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not sys.warnoptions:
+    # Libraries telling each other of coming changes: nothing a user can act on. Workers inherit the variable.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
 
 import typer
 

@@ -22,6 +22,7 @@ import logging
 import os
 import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ STATE, MANIFEST = "state.pt", "manifest.json"
 NAME = re.compile(r"step_(\d{8,})")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PLAIN = (torch.Tensor, torch.Size, torch.dtype, torch.device, str, bytes, bool, int, float, complex, type(None))
+
+Signature = tuple[tuple[int, int, int], ...] | None  # inode, size and time of the files; None: one is missing
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class CheckpointStore:
             raise CheckpointError(f"{folder}: keep={keep} checkpoints; keep at least 1")
         self.folder, self.keep = Path(folder), keep
         self.on_broken = on_broken or _warn
-        self._verified: dict[Path, tuple[tuple[int, int, int], ...]] = {}  # folder -> its files when last verified
+        self._verdicts: dict[Path, tuple[Signature, str | None]] = {}  # folder -> its files when read, the fault
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write the checkpoint of `step`, drop the oldest beyond `keep`, and return its folder.
@@ -89,7 +92,7 @@ class CheckpointStore:
                 f"{self.folder}: the checkpoint of step {step} could not be written ({error.strerror or error}); "
                 f"earlier ones are whole; {remedy} and run the same command again"
             ) from error
-        self._verified[final] = _signature(final)
+        self._verdicts[final] = (_signature(final), None)
         self._remove_leftovers()
         self._drop_older_than(step)
         return final
@@ -99,14 +102,17 @@ class CheckpointStore:
         return [step for step in self._found() if _fault(self._path(step), hashes=False) is None]
 
     def newest(self) -> int | None:
-        """The newest step whose checkpoint is whole, bit for bit; broken ones are named and passed over.
+        """The newest step whose checkpoint is whole, bit for bit; broken ones are named, once, and passed over.
 
-        What this store wrote or verified itself is not read again while size, time and inode are the same.
+        What this store wrote or read itself is not read again while size, time and inode are the same.
         """
         for step in reversed(self._found()):
-            if (fault := self._verify(self._path(step))) is None:
+            folder = self._path(step)
+            known = self._verdicts.get(folder)
+            if (fault := self._verify(folder)) is None:
                 return step
-            self.on_broken(self._path(step), fault)
+            if self._verdicts[folder] != known:
+                self.on_broken(folder, fault)
         return None
 
     def load(self, step: int, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -125,7 +131,7 @@ class CheckpointStore:
             state = torch.load(folder / STATE, map_location=map_location, weights_only=True)
         except Exception as error:  # unpickling what others wrote raises anything
             raise CheckpointError(
-                f"{folder / STATE}: holds something other than tensors and plain values ({_first_line(error)}); it was "
+                f"{folder / STATE}: holds something other than tensors and plain values ({_reason(error)}); it was "
                 f"not written by this program; remove {folder}"
             ) from error
         if not isinstance(state, dict):
@@ -140,16 +146,11 @@ class CheckpointStore:
         return sorted(int(match[1]) for path in paths if (match := NAME.fullmatch(path.name)))
 
     def _verify(self, folder: Path) -> str | None:
-        try:
-            signature = _signature(folder)
-        except OSError:
-            signature = None
-        if signature is not None and self._verified.get(folder) == signature:
-            return None
-        fault = _fault(folder, hashes=True)
-        if fault is None and signature is not None:
-            self._verified[folder] = signature
-        return fault
+        signature = _signature(folder)
+        known = self._verdicts.get(folder)
+        if known is None or known[0] != signature:
+            self._verdicts[folder] = known = (signature, _fault(folder, hashes=True))
+        return known[1]
 
     def _drop_older_than(self, newest: int) -> None:
         """Keep `keep` checkpoints up to the one just saved; a broken one takes no other's place."""
@@ -157,7 +158,7 @@ class CheckpointStore:
         whole = [step for step in before if _fault(self._path(step), hashes=False) is None]
         kept = whole[-(self.keep - 1) :] if self.keep > 1 else []
         for step in set(before) - set(kept):
-            self._verified.pop(self._path(step), None)
+            self._verdicts.pop(self._path(step), None)
             shutil.rmtree(self._path(step), ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
@@ -224,8 +225,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _signature(folder: Path) -> tuple[tuple[int, int, int], ...]:
-    stats = [(folder / name).stat() for name in (STATE, MANIFEST)]
+def _signature(folder: Path) -> Signature:
+    try:
+        stats = [(folder / name).stat() for name in (STATE, MANIFEST)]
+    except OSError:
+        return None
     return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
 
 
@@ -255,21 +259,22 @@ def _fault(folder: Path, hashes: bool) -> str | None:
 
 def _refuse_foreign(value: Any, where: str) -> None:
     """TypeError for anything that loading with weights_only would refuse."""
-    if isinstance(value, dict):
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             _refuse_foreign(key, f"{where}, key {key!r}")
             _refuse_foreign(item, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple | set) and type(value) in (list, tuple, set):
+    elif type(value) in (list, tuple, set):
         for index, item in enumerate(value):
             _refuse_foreign(item, f"{where}[{index}]")
     elif not isinstance(value, PLAIN) or type(value).__module__.partition(".")[0] not in ("builtins", "torch"):
         raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__name__}; save tensors and plain values")
 
 
-def _first_line(error: BaseException) -> str:
-    # torch wraps the reason into several lines of advice on how to load untrusted files.
-    found = re.search(r"Unsupported (?:global|class|operand)[^\n.]*(?:\.[^\s\n.]+)*", str(error))
-    return found[0] if found else (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: BaseException) -> str:
+    # torch wraps the reason into lines of advice on how to load what is not to be trusted.
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return found[1]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _warn(folder: Path, fault: str) -> None:

@@ -1,6 +1,9 @@
 """Metrics of a run: metrics.jsonl and TensorBoard from rank 0, and a progress bar in the driver that follows them.
 
-The bar reads the file, so it is the same whether the workers run in this process, in others or on other machines
+    {"step": 40, "time": 1767225600.0, "total_steps": 900, "stage": "ssl", "loss": 1.5, "images_per_second": 97.0, ...}
+
+One row of JSON a line, flushed as it is written. NaN and infinities are written as null, because JSON has neither.
+The bar reads the file, so it is the same whether the workers run in this process, in others, or on other machines
 that share the run folder.
 """
 
@@ -12,6 +15,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,140 +25,181 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cluster.errors import RunError
+
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 15.0  # between lines where the output is no terminal
+POLL_SECONDS = 0.2
 
 
 class MetricsLogger:
     """Appends rows to RUN/metrics.jsonl and RUN/tensorboard; silent on ranks other than 0.
 
     Rows after `step`, left by a run that was killed past its last checkpoint, and a torn last line are dropped, so
-    that a resumed run continues one clean record.
+    that a resumed run continues one clean record. RunError where the disk refuses.
+
+    Args:
+        run: run folder, made if it is missing.
+        step: of the checkpoint from which the run goes on; 0 for a new one.
     """
 
-    def __init__(self, run: Path | str, *, rank: int = 0, step: int = 0):
+    def __init__(self, run: Path | str, *, rank: int = 0, step: int = 0) -> None:
         self.enabled = rank == 0
         if not self.enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # half a second that other ranks need not spend
 
-        run = Path(run)
-        run.mkdir(parents=True, exist_ok=True)
-        path = run / METRICS
-        rows = [row for row in read_rows(path) if row["step"] <= step]
-        temporary = path.with_name(f".{METRICS}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(temporary, path)
-        self._file = path.open("a")
-        self._writer = SummaryWriter(run / "tensorboard", purge_step=step + 1)
+        self.run = Path(run)
+        path = self.run / METRICS
+        with self._writing():
+            self.run.mkdir(parents=True, exist_ok=True)
+            rows = [row for row in read_rows(path) if row["step"] <= step]
+            temporary = path.with_name(f".{METRICS}.{os.getpid()}")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, path)
+            self._file = path.open("a")
+            self._writer = SummaryWriter(self.run / "tensorboard", purge_step=step + 1)  # type: ignore[no-untyped-call]
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """One row at `step`; numbers also become TensorBoard scalars. A NaN or infinity is written as null."""
+        """One row at `step`; finite numbers also become TensorBoard scalars."""
         if not self.enabled:
             return
         row = {"step": step, "time": round(time.time(), 3), **values}
-        for key, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row[key] = None
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(key, value, step)
+        finite = {key: value for key, value in row.items() if not isinstance(value, float) or math.isfinite(value)}
+        with self._writing():
+            self._file.write(json.dumps({**dict.fromkeys(row), **finite}) + "\n")
+            self._file.flush()
+            for key in values.keys() & finite.keys():
+                if isinstance(value := values[key], int | float):
+                    self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
 
     def image(self, tag: str, step: int, image: torch.Tensor) -> None:
         """A picture (3, H, W) uint8 for TensorBoard."""
         if self.enabled:
-            self._writer.add_image(tag, image, step)
+            with self._writing():
+                self._writer.add_image(tag, image, step)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Flush and close both files."""
         if self.enabled:
-            self._file.close()
-            self._writer.close()
+            with self._writing():
+                self._file.close()
+                self._writer.close()  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.run}: metrics cannot be written ({error.strerror or error}); free some space or make the "
+                "folder writable, and run the same command again"
+            ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics file; a torn last line is left out."""
+    """The rows of a metrics file; what is torn or no row is left out."""
     if not path.is_file():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    with path.open(errors="replace") as file:
+        return [row for line in file if (row := _parse(line)) is not None]
 
 
 class ProgressFollower:
     """Draws the progress of the run in `run` while its `with` block lasts: a bar, or a line now and then.
 
+    Under torchrun only the first process draws.
+
     Args:
-        run: run folder.
+        run: run folder; its metrics may appear later.
         total: steps of the whole run.
+        console: where to draw; standard error unless given.
     """
 
-    def __init__(self, run: Path | str, total: int, console: Console | None = None):
+    def __init__(self, run: Path | str, total: int, console: Console | None = None) -> None:
         self.path, self.total = Path(run) / METRICS, total
         self.console = console or Console(file=sys.stderr)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._position = self.path.stat().st_size if self.path.is_file() else 0
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._inode, self._position = -1, 0
+        if self.path.is_file():  # rows of an earlier start are no progress of this one
+            stat = self.path.stat()
+            self._inode, self._position = stat.st_ino, stat.st_size
         self._last: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        if os.environ.get("RANK", "0") == "0":
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _follow(self) -> None:
-        if not self.console.is_terminal:
-            next_line = time.monotonic() + PLAIN_SECONDS
-            while not self._ended.wait(0.5):
-                if self._read() and time.monotonic() >= next_line:
-                    self.console.print(f"step {self._last['step']}/{self.total}  {self._text()}", highlight=False)
-                    next_line = time.monotonic() + PLAIN_SECONDS
-            if self._read() or self._last:
-                self.console.print(f"step {self._last['step']}/{self.total}  {self._text()}", highlight=False)
-            return
+        if self.console.is_terminal:
+            self._draw_bar()
+        else:
+            self._print_lines()
+
+    def _draw_bar(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("starting", total=self.total)
-            while not self._ended.wait(0.2):
+            begun = ended = False
+            while not ended:
+                ended = self._ended.wait(POLL_SECONDS)
                 if self._read():
+                    if not begun:
+                        # The steps before a restart took no time now; they must not count as speed.
+                        progress.reset(task, completed=self._last["step"], total=self.total)
+                        begun = True
                     progress.update(task, completed=self._last["step"], description=self._text())
-            if self._read() or self._last:
-                progress.update(task, completed=self._last["step"], description=self._text())
+
+    def _print_lines(self) -> None:
+        printed, next_line = 0, time.monotonic()
+        ended = False
+        while not ended:
+            ended = self._ended.wait(POLL_SECONDS)
+            self._read()
+            step = self._last.get("step", 0)
+            if step > printed and (ended or time.monotonic() >= next_line):
+                self.console.print(f"step {step}/{self.total}  {self._text()}", highlight=False, soft_wrap=True)
+                printed, next_line = step, time.monotonic() + PLAIN_SECONDS
 
     def _read(self) -> bool:
-        """Take in what was appended; True where a row of training came."""
-        if not self.path.is_file():
+        """Take in the whole lines that were appended; True where a row of training came."""
+        try:
+            with self.path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:  # made or replaced by the logger that starts now
+                    self._inode, self._position = inode, 0
+                file.seek(self._position)
+                appended = file.read()
+        except OSError:
             return False
-        if self.path.stat().st_size < self._position:
-            self._position = 0  # rewritten by a resumed run
-        with self.path.open() as file:
-            file.seek(self._position)
-            lines = file.readlines()
-        came = False
-        for line in lines:
-            if not line.endswith("\n"):
-                break
-            self._position += len(line.encode())
-            row = json.loads(line)
-            if "loss" in row:
-                self._last, came = row, True
-        return came
+        whole = appended[: appended.rfind(b"\n") + 1]
+        self._position += len(whole)
+        rows = [row for line in whole.decode(errors="replace").splitlines() if (row := _parse(line)) and "loss" in row]
+        if rows:
+            self._last = rows[-1]
+        return bool(rows)
 
     def _text(self) -> str:
-        row = self._last
-        parts = [f"{row.get('stage', '')}"]
-        for key, form in (("loss", "loss {:.3f}"), ("bpp", "{:.3f} bpp"), ("images_per_second", "{:.0f} images/s")):
-            if isinstance(row.get(key), int | float):
-                parts.append(form.format(row[key]))
+        parts = [str(self._last.get("stage", "training"))]
+        forms = (("loss", "loss {:.3f}"), ("bpp", "{:.3f} bpp"), ("images_per_second", "{:.0f} images/s"))
+        for key, form in forms:
+            if isinstance(self._last.get(key), int | float):
+                parts.append(form.format(self._last[key]))
         return "  ".join(parts)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

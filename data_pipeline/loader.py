@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -59,8 +60,8 @@ class Canvas(NamedTuple):
 def decode_image(data: bytes, size: int | None = None) -> np.ndarray:
     """(H, W, 3) uint8 RGB of JPEG, PNG or WebP bytes, upright.
 
-    With `size`, a JPEG may come at an eighth to seven eighths of its resolution, as long as both sides stay at or
-    above `size`: libjpeg-turbo then skips most of the inverse transform.
+    With `size`, a JPEG may come at a half, a quarter or an eighth of its resolution, as long as both sides stay at
+    or above `size`: libjpeg-turbo then skips most of the inverse transform.
 
     Raises:
         DataError: the bytes are not an image.
@@ -93,9 +94,18 @@ def _decode(data: bytes, size: int | None) -> tuple[np.ndarray, float]:
     try:
         if is_jpeg:
             height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            # The accurate transform costs the same here and equals libjpeg's bit for bit.
-            options = {} if size is None else {"min_height": size, "min_width": size, "min_factor": 1}
-            pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, **options)
+            # Powers of two only: what lies between is slower than full resolution, or rounds the image's edge. The
+            # accurate transform costs the same here and equals libjpeg's bit for bit.
+            factor = next((factor for factor in (8, 4, 2) if size and min(height, width) >= factor * size), 1)
+            pixels = simplejpeg.decode_jpeg(
+                data,
+                "RGB",
+                fastdct=False,
+                fastupsample=False,
+                min_height=-(-height // factor),
+                min_width=-(-width // factor),
+                min_factor=factor,
+            )
         else:
             flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
@@ -114,7 +124,8 @@ def _decode(data: bytes, size: int | None) -> tuple[np.ndarray, float]:
 def _orientation(data: bytes) -> int:
     """EXIF orientation 1..8; 1 where the EXIF block is damaged, which leaves the picture readable."""
     try:
-        orientation = PIL.Image.open(io.BytesIO(data)).getexif().get(ORIENTATION_TAG, 1)
+        with warnings.catch_warnings(action="ignore"):
+            orientation = PIL.Image.open(io.BytesIO(data)).getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # Pillow's parsers raise many classes on damaged metadata
         return 1
     return orientation if orientation in range(1, 9) else 1

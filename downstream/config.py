@@ -56,6 +56,16 @@ class FinetuneConfig:
         for key in ("epochs", "batch_size", "workers", "log_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise TaskError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
+        for key, low, high in (("label_smoothing", 0.0, 0.99), ("warmup", 0.0, 1.0), ("scale_min", 0.01, 1.0)):
+            if not low <= getattr(self, key) <= high:
+                raise TaskError(f"{key}={getattr(self, key):g} is impossible; it must lie in {low:g}..{high:g}")
+        if self.lr <= 0:
+            raise TaskError(f"lr={self.lr:g} is impossible; it must be positive")
+        for key in ("image_size", "canvas_size"):
+            if (value := getattr(self, key)) is not None and value < 32:
+                raise TaskError(f"{key}={value} is impossible; it must be at least 32, the backbone's stride")
+        if self.anchor == "none":  # YAML reads only `null` as nothing
+            self.anchor = None
         if self.anchor is not None and self.input != "pixels":
             raise TaskError(f"anchor={self.anchor} needs input=pixels; the codec's own streams have no anchor")
         if self.anchor is not None:

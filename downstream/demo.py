@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from rich.console import Console
 
 from data_pipeline.scenes import write_scenes
 from downstream import finetune
+from downstream.errors import TaskError
 from downstream.evaluation.report import Report
 from pretrain.export import export
 from pretrain.run import resolve, run
@@ -32,8 +33,21 @@ MINUTES = 9
 JPEG_QUALITIES = (1, 20)
 
 
-def run_demo(out: Path, console: Console) -> Path:
-    """Run what is not done yet in `out`; returns the report's path."""
+def run_demo(
+    out: Path,
+    console: Console,
+    *,
+    train: int = TRAIN,
+    val: int = VAL,
+    pretraining: Sequence[str] = (),
+    classification: Sequence[str] = (),
+) -> Path:
+    """Run what is not done yet in `out`; returns the report's path.
+
+    Args:
+        train, val: scenes to draw.
+        pretraining, classification: further `key=value` options of the two.
+    """
     report = out / "report.html"
     console.print(
         f"The demo takes about {MINUTES} minutes on two cores; the report will be [bold]{report}[/]. "
@@ -41,15 +55,15 @@ def run_demo(out: Path, console: Console) -> Path:
     )
     timings = Timings(out / "timings.json", console)
     data, codecs = out / "scenes", {"codec": out / "codec", "codec_low": out / "codec_low"}
-    commands = [f"dicm data scenes {data} --train {TRAIN} --val {VAL} --size {SIZE}"]
-    timings.step("draw scenes", data, lambda: write_scenes(data, train=TRAIN, val=VAL, size=SIZE, seed=SEED))
+    commands = [f"dicm data scenes {data} --train {train} --val {val} --size {SIZE}"]
+    timings.step("draw scenes", data, lambda: write_scenes(data, train=train, val=val, size=SIZE, seed=SEED))
 
     for recipe, name, options in (
         ("demo", "codec", []),
         ("demo_low_rate", "codec_low", [f"init={codecs['codec']}"]),
     ):
         folder = out / "runs" / ("pretrain" if name == "codec" else "low")
-        overrides = [f"data={data}", f"run={folder}", f"workers={WORKERS}", *options]
+        overrides = [f"data={data}", f"run={folder}", f"workers={WORKERS}", *options, *pretraining]
         commands += [f"dicm pretrain {recipe} {' '.join(overrides)}", f"dicm export {folder} {codecs[name]}"]
         config = resolve(recipe, overrides)
         timings.step(f"pretrain, recipe {recipe}", folder / "summary.json", partial(run, config))
@@ -64,7 +78,15 @@ def run_demo(out: Path, console: Console) -> Path:
     for name, options in inputs.items():
         folder = out / "runs" / name
         # In this process: starting Ray would take longer than the training.
-        overrides = [*options, f"data={data}", f"run={folder}", "launcher=local", "workers=1", "epochs=6"]
+        overrides = [
+            *options,
+            f"data={data}",
+            f"run={folder}",
+            "launcher=local",
+            "workers=1",
+            "epochs=6",
+            *classification,
+        ]
         commands.append(f"dicm finetune classification {' '.join(overrides)}")
         task = finetune.resolve("classification", overrides)
         timings.step(f"classify, {name}", folder / finetune.RESULTS, partial(finetune.run, task))
@@ -100,7 +122,11 @@ class Timings:
             return
         self.console.print(f"[bold]{name}[/]")
         start = time.perf_counter()
-        work()
-        # A step that was stopped and went on counts all its time.
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
-        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+        try:
+            work()
+        finally:  # a step that was interrupted and goes on later counts both times
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+        if not result.exists():
+            raise TaskError(f"{name} was stopped before {result} was written; the same command goes on from there")

@@ -30,7 +30,7 @@ from cluster.metrics import MetricsLogger, ProgressFollower
 from cluster.recipes import config_diff, load_config, load_saved, save_config
 from cluster.runtime import Runtime
 from data_pipeline.loader import CanvasBatch, eval_loader, train_loader
-from data_pipeline.shards import Manifest
+from data_pipeline.shards import Manifest, ShardReader
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
 from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
@@ -82,7 +82,10 @@ def check_data(config: FinetuneConfig) -> int:
                 f"{config.data} has no {split} split, it has {', '.join(manifest.splits)}; "
                 "build it with `dicm data build imagefolder SRC OUT --val-fraction 0.1`"
             )
-    if not manifest.classes:
+        if manifest.split(split).num_samples == 0:
+            raise TaskError(f"{config.data}: its {split} split is empty; build the data set again with more images")
+    first = json.loads(ShardReader(config.data, manifest.split("train")).read(0).get("json") or b"{}")
+    if not manifest.classes or first.get("label") is None:
         raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
     num_samples = manifest.split("train").num_samples
     if not config.workers * 2 <= config.batch_size <= num_samples:
@@ -186,7 +189,7 @@ class Finetuner:
             self._seed(generator)
             self.scheduler.step_update(self.step)
             views = self._views(batch, generator)
-            labels = batch.label.to(self.device)
+            labels = self._labels(batch)
             with self._autocast():
                 features = self.input.features(views)
                 logits = module(features)
@@ -216,9 +219,18 @@ class Finetuner:
         flip = torch.rand(len(canvas), generator=generator, device=self.device) < 0.5
         return resample(canvas, crops, self.image_size, flip).mul_(255).round_().to(torch.uint8)
 
+    def _labels(self, batch: CanvasBatch) -> Tensor:
+        """Labels (N,) on the device; TaskError where an image has none, which would be learned as a class."""
+        if bool((batch.label < 0).any()):
+            index = int(batch.index[batch.label < 0][0])
+            raise TaskError(f"{self.config.data}: image {index} has no label; build the data set again without it")
+        return batch.label.to(self.device)
+
     def _train_probe(self) -> None:
         """Train the head on pooled features of the training images, embedded once, full batch, by Adam."""
         self.model.eval()
+        if self.step == self.num_steps:
+            return
         features, labels = self._embed("train")
         self.model.norm.train()
         self.model.norm.momentum = None  # one pass gives the exact statistics
@@ -244,7 +256,7 @@ class Finetuner:
             with self._autocast():
                 f3 = self.input.features(center_images(batch.canvas, batch.aspect, self.image_size))
                 features.append(self.model.pooled(f3).float())
-            labels.append(batch.label.to(self.device))
+            labels.append(self._labels(batch))
         return self.runtime.gather(torch.cat(features)), self.runtime.gather(torch.cat(labels))
 
     @torch.no_grad()
@@ -257,7 +269,7 @@ class Finetuner:
             f3, sizes, payloads = self.input.through_streams(images)
             with self._autocast():
                 logits = self.model(f3)
-            correct = count_correct(logits, batch.label.to(self.device)).cpu()
+            correct = count_correct(logits, self._labels(batch)).cpu()
             sums += torch.tensor([*correct, sizes.sum(), payloads.sum(), len(images)], dtype=torch.float64)
         total = self.runtime.gather(sums[None].to(self.device)).sum(0).tolist()
         top1, top5, num_bytes, num_payload, count = total
@@ -295,10 +307,7 @@ class Finetuner:
                 **measured,
                 "seconds": round(time.perf_counter() - self.started, 1),
             }
-            path = Path(self.config.run) / RESULTS
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results, indent=2) + "\n")
-            os.replace(temporary, path)
+            write_results(Path(self.config.run), results)
         self.runtime.barrier()
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -328,19 +337,33 @@ class Finetuner:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
 
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write RUN/results.json, whole or not at all."""
+    temporary = folder / f".{RESULTS}.{os.getpid()}"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(temporary, folder / RESULTS)
+
+
 def evaluate_run(folder: Path) -> dict[str, Any]:
-    """Evaluate a fine-tuned run again, in this process, and rewrite its results."""
+    """Evaluate a complete run again, in this process, and rewrite its results.
+
+    Raises:
+        TaskError: not a run folder, or a run that is not complete: its results would pass for the final ones.
+    """
     if not (folder / "config.yaml").is_file():
         raise TaskError(f"{folder}: not a run folder (no config.yaml); name one that `dicm finetune` wrote")
     config = load_saved(FinetuneConfig, folder / "config.yaml")
-    if CheckpointStore(folder / "checkpoints").newest() is None:
-        raise TaskError(f"{folder}: no complete checkpoint yet; run `dicm finetune` first")
+    done, total = CheckpointStore(folder / "checkpoints").newest() or 0, num_steps(config, check_data(config))
+    if done < total or not (folder / RESULTS).is_file():
+        raise TaskError(
+            f"{folder}: the run is not complete (step {done} of {total}); "
+            f"`dicm finetune {config.task} ... run={folder}` goes on with it"
+        )
     config.run = str(folder)
-    runtime = launcher.LocalRuntime()
-    tuner = Finetuner(runtime, config)
-    measured = tuner.evaluate()
-    tuner.logger.close()
-    path = folder / RESULTS
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({**before, **measured}, indent=2) + "\n")
-    return {**before, **measured}
+    tuner = Finetuner(launcher.LocalRuntime(), config)
+    try:
+        results = {**json.loads((folder / RESULTS).read_text()), **tuner.evaluate()}
+    finally:
+        tuner.logger.close()
+    write_results(folder, results)
+    return results

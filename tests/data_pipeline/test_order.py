@@ -21,9 +21,7 @@ shard_sizes = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(any)
 @st.composite
 def orders(draw: st.DrawFn) -> SampleOrder:
     """Orders of all shapes: empty shards, pools that do not divide, more lanes than samples."""
-    return SampleOrder(
-        draw(shard_sizes), draw(st.integers(0, 5)), draw(st.integers(0, 10)), draw(st.integers(1, 40))
-    )
+    return SampleOrder(draw(shard_sizes), draw(st.integers(0, 5)), draw(st.integers(0, 10)), draw(st.integers(1, 40)))
 
 
 def batches(order: SampleOrder, batch_size: int, rank: int, world: int, start: int, count: int) -> list[list[int]]:
@@ -110,9 +108,7 @@ def test_sampler__resume_with_another_world_reads_each_sample_once() -> None:
 
 def test_sampler__a_rank_keeps_to_its_lanes_and_so_to_few_shards() -> None:
     order = SampleOrder([100] * 64, seed=0, shuffle_shards=4, num_lanes=128)
-    shards = [
-        {index // 100 for batch in batches(order, 128, rank, 8, 0, 50) for index in batch} for rank in range(8)
-    ]
+    shards = [{index // 100 for batch in batches(order, 128, rank, 8, 0, 50) for index in batch} for rank in range(8)]
     assert max(map(len, shards)) <= 12  # of 64: two pools of four, and one at either edge
 
 
