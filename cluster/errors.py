@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 OUR_PACKAGES = frozenset({"cluster", "data_pipeline", "pretrain", "downstream"})
 
 
@@ -20,3 +22,12 @@ class CheckpointError(RunError):
 def is_ours(error: BaseException) -> bool:
     """Whether `error` was written for the user (its class stands in one of our packages), or is a bug."""
     return type(error).__module__.partition(".")[0] in OUR_PACKAGES
+
+
+def portable(error: Exception) -> Exception:
+    """`error` itself where it survives the way between processes whole, else a RunError of its message."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RunError(str(error))
+    return error if str(copy) == str(error) else RunError(str(error))

@@ -1,116 +1,249 @@
 """Launching workers with Ray Train, on the cluster that RAY_ADDRESS names or on an embedded Ray.
 
-The function writes its own checkpoints to the run folder and finds the newest complete one itself, so Ray is told
-only to start workers and to start them again after a failure.
+The training function writes its own checkpoints to the run folder and finds the newest complete one itself, so Ray is
+told only to start workers, to connect them, and to say when one is lost. An embedded Ray lives as long as the call.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import shutil
+import signal
 import sys
-import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 # Read by Ray when it is imported or started.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a failure or the end is noticed that much later
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean in the driver
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # of workers that wait for one that has failed
+}
+for name, value in DEFAULTS.items():
+    os.environ.setdefault(name, value)  # what the user has set stays
 
-import ray
-import ray.train
-import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray  # noqa: E402
+import ray.train  # noqa: E402
+import torch  # noqa: E402
+from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
+from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
-from cluster.errors import RunError
-from cluster.ray_runtime import RayRuntime
-from cluster.runtime import Runtime, threads_per_worker
+from cluster.errors import RunError, is_ours, portable  # noqa: E402
+from cluster.ray_runtime import STOP, MessageHandler, MessageReader, RayRuntime  # noqa: E402
+from cluster.runtime import Runtime, on_sigterm, threads_per_worker  # noqa: E402
 
 C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
+MESSAGE_POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 def launch(function: Callable[[Runtime, C], None], config: C, *, workers: int, run_dir: str) -> None:
-    """Run `function(runtime, config)` on `workers` Ray Train workers, each with a GPU where the cluster has them.
+    """Run `function(runtime, config)` on `workers` Ray Train workers; see `cluster.runtime.run`.
+
+    Each has a CPU, and a GPU where there are any: its own, or a share of one where workers outnumber them. Workers
+    have the driver's working directory and import path.
 
     Raises:
-        RunError: workers could not be started, or one failed. An error of our own packages comes back as raised.
+        RunError: workers could not be started, or one failed. An error of our own packages comes back as raised,
+            any other as a RuntimeError with the worker's traceback.
     """
-    started = not ray.is_initialized()
-    if started:
-        _start_ray(workers)
-    try:
-        with tempfile.TemporaryDirectory(prefix="dicm-ray-") as scratch:
-            _fit(function, config, workers, run_dir, scratch)
-    finally:
-        if started:
-            ray.shutdown()
+    with _connected_ray(workers), _exchange_folder(Path(run_dir).absolute()) as exchange:
+        scaling, backend = _resources(workers)
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "function": function,
+                "config": config,
+                "exchange": exchange,
+                "directory": Path.cwd(),
+                "threads": threads_per_worker(workers),
+            },
+            torch_config=TorchConfig(backend=backend),
+            scaling_config=scaling,
+            run_config=RunConfig(
+                name=exchange.name,  # a name used before would make Ray resume that run
+                storage_path=str(exchange.parent),
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        with on_sigterm((exchange / STOP).touch), _messages_shown(exchange):
+            _fit(trainer, run_dir)
 
 
-def _fit(function: Callable[[Runtime, C], None], config: C, workers: int, run_dir: str, scratch: str) -> None:
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "function": function,
-            "config": config,
-            "threads": threads_per_worker(workers),
-        },
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu),
-        # Ray's own bookkeeping; checkpoints and metrics go to the run folder.
-        run_config=RunConfig(name="ray", storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
-    )
+def _fit(trainer: TorchTrainer, run_dir: str) -> None:
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            if (own := user_error(failure)) is not None:
-                raise own from None
-        raise RunError(
-            f"run={run_dir}: a worker failed ({_last_line(error)}); "
-            "run the same command again to go on from the newest checkpoint"
-        ) from error
+        raise _cause(error, run_dir) from None
+    except SystemExit:
+        raise KeyboardInterrupt from None  # Ray Train's answer to Ctrl-C, after it has ended its workers
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)  # Ray Train took it and does not give it back
 
 
 def _worker(options: dict[str, Any]) -> None:
-    torch.set_num_threads(options["threads"])
-    options["function"](RayRuntime(), options["config"])
-
-
-def user_error(failure: BaseException | None) -> Exception | None:
-    """The error of our own packages in a worker's failure, looked for along causes, or None."""
-    seen: set[int] = set()
-    while failure is not None and id(failure) not in seen:
-        seen.add(id(failure))
-        if type(failure).__module__.partition(".")[0] in ("cluster", "data_pipeline", "pretrain", "downstream"):
-            return failure if isinstance(failure, Exception) else None
-        failure = getattr(failure, "cause", None) or failure.__cause__
-    return None
-
-
-def _start_ray(workers: int) -> None:
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    path = os.pathsep.join([*(p for p in sys.path if p), os.environ.get("PYTHONPATH", "")])
-    options["runtime_env"] = {"env_vars": {"PYTHONPATH": path}}
-    if not os.environ.get("RAY_ADDRESS"):
-        options |= {
-            "num_cpus": max(workers, os.cpu_count() or 1),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
+    """Body of a Ray Train worker."""
+    directory: Path = options["directory"]
+    if not directory.is_dir():
+        raise RunError(f"{directory}: the working directory does not exist on every node; use storage that they share")
+    os.chdir(directory)
+    runtime = RayRuntime(options["exchange"])
+    if runtime.device.type == "cpu":
+        torch.set_num_threads(options["threads"])
+    logging.getLogger().addHandler(MessageHandler(options["exchange"], runtime.rank))
     try:
-        ray.init(**options)
-    except (ConnectionError, OSError) as error:
-        raise RunError(
-            f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: no Ray cluster answers ({str(error).splitlines()[0]}); "
-            "start one, or unset RAY_ADDRESS to run on this machine"
-        ) from error
+        options["function"](runtime, options["config"])
+    except Exception as error:
+        if is_ours(error):
+            raise portable(error) from None
+        raise
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _cause(error: Exception, run_dir: str) -> Exception:
+    """What to raise in the driver: our own error, a lost worker, or the first worker's traceback."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = {rank: getattr(failure, "_base_exc", None) for rank, failure in sorted(failures.items())}
+    for own in raised.values():
+        if isinstance(own, Exception) and is_ours(own):
+            return own
+    again = "run the same command again to go on from the newest checkpoint"
+    lost = [rank for rank, exception in raised.items() if exception is None]
+    if lost:
+        return RunError(f"run={run_dir}: worker {lost[0]} was lost ({_reason(failures[lost[0]])}); {again}")
+    for rank, failure in sorted(failures.items()):
+        return RuntimeError(f"worker {rank} failed:\n\n{failure}")
+    return RunError(f"run={run_dir}: Ray Train could not go on ({_reason(error)}); {again}")
+
+
+def _reason(error: BaseException) -> str:
+    """The shortest account of why an actor died, out of Ray's page about it."""
+    text = str(error)
+    if "OutOfMemory" in text or "running low on memory" in text:
+        return "memory ran out"
+    if "SIGKILL" in text or "connection error code 2" in text:
+        return "its process was killed, as the system does when memory runs out"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _resources(workers: int) -> tuple[ScalingConfig, str]:
+    """What each worker gets of the connected Ray, and torch.distributed's backends for it."""
+    there = ray.cluster_resources()
+    cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+    if cpus < workers:
+        logger.warning("workers=%d: the cluster has %d CPUs; waiting for it to grow", workers, cpus)
+    each: dict[str, float] = {"CPU": 1}
+    if gpus:
+        each["GPU"] = 1 / math.ceil(workers / gpus)
+    # NCCL refuses two ranks on one GPU. Numbers on the CPU always go through gloo.
+    backend = "cpu:gloo,cuda:nccl" if gpus >= workers else "gloo"
+    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=each), backend
+
+
+@contextmanager
+def _connected_ray(workers: int) -> Iterator[None]:
+    """A Ray to work on: the one this process is connected to, that of RAY_ADDRESS, or one of our own."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    try:
+        if address:
+            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": _import_path()}}, **quiet)
+        else:
+            with _environment("PYTHONPATH", _import_path()):
+                ray.init(
+                    "local",
+                    num_cpus=max(workers, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    **quiet,
+                )
+    except Exception as error:  # Ray raises bare ones here, for a start that took too long among others
+        if address:
+            raise RunError(
+                f"RAY_ADDRESS={address}: no Ray cluster answers ({_first_line(error)}); start one, or unset "
+                "RAY_ADDRESS to run on this machine"
+            ) from error
+        raise RunError(
+            f"Ray could not be started on this machine ({_first_line(error)}); use launcher=local to run without it"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _exchange_folder(run: Path) -> Iterator[Path]:
+    """A fresh folder RUN/ray/NAME that workers share with the driver, removed at the end."""
+    exchange = run / "ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    try:
+        exchange.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"run={run}: cannot be written ({error.strerror}); name a folder that can") from error
+    try:
+        yield exchange
+    finally:
+        shutil.rmtree(exchange, ignore_errors=True)
+        with suppress(OSError):
+            exchange.parent.rmdir()
+
+
+@contextmanager
+def _messages_shown(exchange: Path) -> Iterator[None]:
+    """Show the workers' warnings in this process while the block lasts."""
+    reader, ended = MessageReader(exchange), threading.Event()
+
+    def follow() -> None:
+        while not ended.wait(MESSAGE_POLL_SECONDS):
+            reader.show()
+
+    thread = threading.Thread(target=follow, name="messages", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        reader.show()
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _import_path() -> str:
+    """PYTHONPATH for workers: where this process imports from, less what comes with its Python."""
+    own = (sys.prefix, sys.base_prefix)
+    paths = [str(Path(path or ".").absolute()) for path in sys.path]
+    return os.pathsep.join(dict.fromkeys(path for path in paths if not path.startswith(own)))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

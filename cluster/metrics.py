@@ -58,7 +58,7 @@ class MetricsLogger:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(temporary, path)
             self._file = path.open("a")
-            self._writer = SummaryWriter(self.run / "tensorboard", purge_step=step + 1)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(self.run / "tensorboard", purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """One row at `step`; finite numbers also become TensorBoard scalars."""
@@ -71,20 +71,20 @@ class MetricsLogger:
             self._file.flush()
             for key in values.keys() & finite.keys():
                 if isinstance(value := values[key], int | float):
-                    self._writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+                    self._writer.add_scalar(key, value, step)
 
     def image(self, tag: str, step: int, image: torch.Tensor) -> None:
         """A picture (3, H, W) uint8 for TensorBoard."""
         if self.enabled:
             with self._writing():
-                self._writer.add_image(tag, image, step)  # type: ignore[no-untyped-call]
+                self._writer.add_image(tag, image, step)
 
     def close(self) -> None:
         """Flush and close both files."""
         if self.enabled:
             with self._writing():
                 self._file.close()
-                self._writer.close()  # type: ignore[no-untyped-call]
+                self._writer.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -54,6 +54,9 @@ def build_imagefolder(
     rejected = [Rejected(str(path), "lies beside the class folders, so it has no class") for path in images.strays]
     built: dict[str, Split] = {}
     with new_dataset(out) as folder:
+        # With it comes torch: after bad folders were refused, but before the processes fork, which then share it.
+        import data_pipeline.loader  # noqa: F401
+
         for name, files in splits.items():
             with ShardWriter(folder, name) as writer:
                 for number, result in enumerate(ordered_map(read_sample, files, num_processes)):
@@ -80,7 +83,6 @@ def build_imagefolder(
 
 def read_sample(job: Job) -> Sample | Rejected:
     """The file of a job as a sample, decoded once to see that it can be."""
-    # torch comes with the loader; listing a folder and refusing a bad one should not wait for it.
     from data_pipeline.loader import decode_image
 
     path, label = job

@@ -95,11 +95,11 @@ def inspect(
     with _bar() as bar:
         task = bar.add_task("reading", total=sum(split.num_samples for split in manifest.splits.values()))
         facts = {name: split_facts(root, manifest, name, lambda: bar.advance(task)) for name in manifest.splits}
-    headings = ("split", "samples", "shards", "MiB", "width", "height", "boxes", "masks", "semantic")
-    table = Table(*headings, title=manifest.name)
+    noted = [kind for kind in ("boxes", "masks", "semantic") if any(getattr(of, kind) for of in facts.values())]
+    table = Table("split", "samples", "shards", "MiB", "width", "height", *noted, title=manifest.name)
     for name, of in facts.items():
         sizes = ("{}..{}".format(*of.widths), "{}..{}".format(*of.heights))
-        counts = (str(of.boxes), str(of.masks), str(of.semantic))
+        counts = (str(getattr(of, kind)) for kind in noted)
         table.add_row(name, str(of.samples), str(of.shards), f"{of.bytes / 2**20:.1f}", *sizes, *counts)
     console.print(table)
     if manifest.classes:
@@ -135,6 +135,6 @@ def verify(root: Annotated[Path, typer.Argument(help="Folder of a data set.")]) 
     for fault in found:
         console.print(fault)
     if found:
-        raise DataError(f"{root}: {len(found)} faults; build it again, or fetch the shards named above")
+        raise DataError(f"{root}: {len(found)} fault(s); build it again, or fetch the shards named above")
     num_shards = sum(len(split.shards) for split in manifest.splits.values())
     console.print(f"{root}: {total} samples in {num_shards} shards, nothing wrong")

@@ -21,6 +21,7 @@ COLOURS = (
     "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#b45cd6", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe",
 )  # fmt: skip
 TILE, CAPTION, MARGIN = 160, 16, 2
+MIN_NAMED = 40  # least width of a box in the sheet that has room for its name
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,14 @@ def _tile(sample: dict[str, Any], classes: tuple[str, ...]) -> Image.Image:
         outline = COLOURS[label % len(COLOURS)]
         corner = [MARGIN + value * scale for value in box]
         draw.rectangle(corner, outline=outline)
-        draw.text(
-            (corner[0] + 2, corner[1]), _short(classes, label, 10), fill="white", stroke_width=1, stroke_fill="black"
-        )
+        if corner[2] - corner[0] >= MIN_NAMED:
+            draw.text(
+                (corner[0] + 2, corner[1]),
+                _short(classes, label, 10),
+                fill="white",
+                stroke_width=1,
+                stroke_fill="black",
+            )
     if facts.get("label") is not None:
         draw.text((4, TILE), _short(classes, facts["label"], 24), fill="white")
     return tile
@@ -123,4 +129,4 @@ def _short(classes: tuple[str, ...], label: int, length: int) -> str:
 
 def _tint(pixels: np.ndarray, mask: np.ndarray, colour: str) -> None:
     red, green, blue = bytes.fromhex(colour[1:])
-    pixels[mask] = (0.8 * pixels[mask] + 0.2 * np.array([red, green, blue])).astype(np.uint8)
+    pixels[mask] = (0.88 * pixels[mask] + 0.12 * np.array([red, green, blue])).astype(np.uint8)

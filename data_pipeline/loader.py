@@ -183,8 +183,13 @@ class CanvasLoader(DataLoader[CanvasBatch]):
     def __iter__(self) -> Iterator[CanvasBatch]:  # type: ignore[override]
         for batch in super().__iter__():
             if isinstance(batch, DataError):
-                raise batch
+                break
             yield batch
+        else:
+            return
+        # Let go of the workers first: the error's traceback would keep them until it is collected.
+        self._iterator = None
+        raise batch
 
 
 def collate(samples: list[Canvas] | DataError) -> CanvasBatch | DataError:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 CLASSES = ("ball", "cushion", "pyramid", "ring", "star", "cross", "crescent", "heart", "arrow", "capsule")
+MAX_TURN = 0.8  # radians, of an object
 SHIFT = 4  # fractional bits of cv2's polygon corners
 
 
@@ -61,7 +62,7 @@ def draw_light(random: np.random.Generator) -> Light:
 
 def draw_relief(random: np.random.Generator, name: str, radius: float, centre: tuple[float, float]) -> Relief:
     """A shape of class `name`, turned, squeezed and raised: rounded, domed or with flat facets."""
-    angle, squeeze = random.uniform(0, 2 * math.pi), random.uniform(0.75, 1.0)
+    angle, squeeze = random.uniform(-MAX_TURN, MAX_TURN), random.uniform(0.75, 1.0)
     cos, sin = math.cos(angle) * radius, math.sin(angle) * radius
     turn = np.array([[cos, -sin * squeeze], [sin, cos * squeeze]])
     half = int(radius * 1.7) + 3  # room for the shadow
@@ -157,27 +158,28 @@ def _cast(target: np.ndarray, alpha: np.ndarray, inner: tuple[slice, slice], lig
 def draw_texture(random: np.random.Generator, x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
     """(H, W, 3): two colours mixed by a pattern of about `period` pixels at coordinates x, y (H, W)."""
     first, second = draw_colour(random), draw_colour(random)
+    second = first + (second - first) * np.float32(random.uniform(0.25, 1.0))
     angle, phase = random.uniform(0, 2 * math.pi), random.uniform(0, 100)
     cos, sin = np.float32(math.cos(angle) / period), np.float32(math.sin(angle) / period)
     u, v = x * cos + y * sin + np.float32(phase), y * cos - x * sin + np.float32(phase)
-    kind = random.integers(0, 9)
-    if kind <= 1:  # plain, a little uneven
-        pattern = 0.35 * noise(random, *x.shape, period)
-    elif kind == 2:  # stripes
+    kind = random.integers(-3, 8)
+    if kind <= 0:  # plain, a little uneven
+        pattern = 0.35 * noise(random, x.shape, period)
+    elif kind == 1:  # stripes
         pattern = _step(np.sin(2 * math.pi * u) + np.float32(random.uniform(-0.6, 0.6)))
-    elif kind == 3:  # checks
+    elif kind == 2:  # checks
         pattern = _step(np.sin(math.pi * u) * np.sin(math.pi * v) * 2)
-    elif kind == 4:  # dots
+    elif kind == 3:  # dots
         pattern = _step((np.sin(2 * math.pi * u) + np.sin(2 * math.pi * v) - 0.9) * 2)
-    elif kind == 5:  # zigzag
+    elif kind == 4:  # zigzag
         pattern = _step(np.sin(2 * math.pi * (u + np.abs(v % 1 - 0.5))) * 2)
-    elif kind == 6:  # wood
-        rings = np.sin(2 * math.pi * (u + 1.5 * noise(random, *x.shape, period * 3)))
-        pattern = 0.5 + 0.35 * rings + 0.3 * noise(random, *x.shape, max(period / 6, 2))
-    elif kind == 7:  # marble
-        pattern = np.abs(2 * noise(random, *x.shape, period * 1.5) - 1) ** np.float32(0.6)
+    elif kind == 5:  # wood
+        rings = np.sin(2 * math.pi * (u + 1.5 * noise(random, x.shape, period * 3)))
+        pattern = 0.5 + 0.35 * rings + 0.3 * noise(random, x.shape, max(period / 6, 2))
+    elif kind == 6:  # marble
+        pattern = np.abs(2 * noise(random, x.shape, period * 1.5) - 1) ** np.float32(0.6)
     else:  # clouds
-        pattern = noise(random, *x.shape, period)
+        pattern = noise(random, x.shape, period)
     return first + (second - first) * pattern[..., None]
 
 
@@ -187,8 +189,9 @@ def draw_colour(random: np.random.Generator) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
 
 
-def noise(random: np.random.Generator, height: int, width: int, period: float) -> np.ndarray:
+def noise(random: np.random.Generator, shape: tuple[int, ...], period: float) -> np.ndarray:
     """Smooth noise (H, W) in 0..1 of two octaves, features of about `period` pixels."""
+    height, width = shape
     total = np.zeros((height, width), np.float32)
     for cell, weight in ((period, 0.65), (period / 2.5, 0.35)):
         grid = random.random((int(height / cell) + 3, int(width / cell) + 3), np.float32)
@@ -213,7 +216,7 @@ def draw_background(random: np.random.Generator, side: int, light: Light) -> np.
     centre_y = side * (0.5 + 0.5 * light.direction[1])
     far = ((x - np.float32(centre_x)) ** 2 + (y - np.float32(centre_y)) ** 2) / np.float32(side**2)
     level = np.float32(random.uniform(0.65, 1.0)) * (1 - np.float32(random.uniform(0.1, 0.45)) * far)
-    level *= 0.85 + 0.3 * noise(random, side, side, side / 3)
+    level *= 0.85 + 0.3 * noise(random, (side, side), side / 3)
     return picture * level[..., None] * light.colour
 
 

@@ -22,7 +22,7 @@ import shutil
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -31,7 +31,6 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import numpy as np
-import webdataset
 
 from data_pipeline.errors import DataError
 
@@ -223,6 +222,8 @@ class ShardWriter:
         ):
             self._finish()
         if self._file is None:
+            import webdataset  # imports torch, which readers and refusals should not wait for
+
             name = f"{self.split}-{len(self.shards):06d}.tar"
             self._file = _Replacing(self.root / name)
             self._tar = webdataset.TarWriter(self._file, mtime=0, user="", group="")
@@ -249,6 +250,9 @@ class ShardWriter:
         if kind is None:
             self._finish()
         elif self._file is not None:
+            # Closed here, or the tar's stream would complain when it is collected.
+            with suppress(OSError):
+                self._tar.tarstream.fileobj.close()
             self._file.__exit__(kind, value, traceback)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,7 +140,7 @@ def resample(canvas: Tensor, crops: Tensor, size: int, flip: Tensor | None = Non
     for level in range(most_halvings + 1):
         chosen = (halvings == level).nonzero()[:, 0]
         if len(chosen):
-            side = max(1, images.shape[-1] >> level)
+            side = max(1, round(images.shape[-1] / 2**level))
             # Area averages also where the side is odd, so that 0..1 means the same at every level.
             halved = F.interpolate(images[chosen], size=(side, side), mode="area") if level else images[chosen]
             out[chosen] = _sample(halved, crops[chosen], size)
@@ -166,36 +167,43 @@ def _in_unit_range(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
-def colour_matrices(means: Tensor, config: ViewConfig, generator: torch.Generator) -> Tensor:
+class ColourJitter(NamedTuple):
+    """Parameters (N,) of the colour changes; 1, 1, 1, 0 and False leave an image as it is."""
+
+    brightness: Tensor  # factor
+    contrast: Tensor  # factor about the mean grey
+    saturation: Tensor  # factor about each pixel's grey
+    hue: Tensor  # share of a full turn
+    grey: Tensor  # bool: no colour at all
+
+
+def draw_colour_jitter(
+    count: int, config: ViewConfig, generator: torch.Generator, device: torch.device
+) -> ColourJitter:
+    """Parameters for `count` images: all four changes or none (`jitter_probability`), and greyscale apart."""
+    strengths = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue], device=device)
+    jittered = _bernoulli(count, config.jitter_probability, generator, device)
+    drawn = (2 * _uniform((4, count), generator, device) - 1) * strengths[:, None] * jittered
+    grey = _bernoulli(count, config.grey_probability, generator, device)
+    return ColourJitter(1 + drawn[0], 1 + drawn[1], 1 + drawn[2], drawn[3], grey)
+
+
+def colour_matrices(means: Tensor, jitter: ColourJitter) -> Tensor:
     """(N, 3, 4) maps of colour: brightness, then contrast about the mean grey, saturation, hue, greyscale.
 
-    `means` (N, 3) are the images' mean colours. Hue is a rotation about the grey axis, the linear approximation
-    of a turn of HSV's hue, from which it differs by 5 of 255 on photographs at the strongest jitter; unlike in
-    torchvision, the order of the steps is fixed and values between them are not clipped.
+    `means` (N, 3) are the images' mean colours. Hue is a rotation about the grey axis, a linear approximation
+    of a turn of HSV's hue: on photographs at a tenth of a turn, which changes them by 14 of 255 (root mean square),
+    the two lie 7 apart. Unlike in torchvision, the order of the steps is fixed and values between them are not
+    clipped.
     """
-    count, device = len(means), means.device
-    luma = torch.tensor(LUMA, device=device)
-    eye = torch.eye(3, device=device).expand(count, 3, 3)
-    grey = luma.expand(3, 3)
-    jittered = _bernoulli(count, config.jitter_probability, generator, device)
-
-    def factors(strength: float) -> Tensor:
-        drawn = 1 + strength * (2 * _uniform((count,), generator, device) - 1)
-        return torch.where(jittered, drawn, torch.ones_like(drawn))[:, None, None]
-
-    brightness, contrast, saturation = (
-        factors(config.brightness),
-        factors(config.contrast),
-        factors(config.saturation),
-    )
-    angle = (2 * _uniform((count,), generator, device) - 1) * (2 * math.pi * config.hue)
-    hue = _hue_rotation(torch.where(jittered, angle, torch.zeros_like(angle)))
-    colour = hue @ (saturation * eye + (1 - saturation) * grey)
-    grey_chosen = _bernoulli(count, config.grey_probability, generator, device)[:, None, None]
-    colour = torch.where(grey_chosen, grey @ colour, colour)
-    linear = colour @ (contrast * brightness * eye)
-    mean_grey = ((means * brightness[:, :, 0]) @ luma)[:, None]
-    offset = (1 - contrast[:, :, 0]) * mean_grey * colour.sum(dim=2)
+    luma = torch.tensor(LUMA, device=means.device)
+    eye, grey = torch.eye(3, device=means.device), luma.expand(3, 3)
+    saturation = jitter.saturation[:, None, None]
+    colour = _hue_rotation(jitter.hue * (2 * math.pi)) @ (saturation * eye + (1 - saturation) * grey)
+    colour = torch.where(jitter.grey[:, None, None], grey @ colour, colour)
+    mean_grey = jitter.brightness * (means @ luma)
+    offset = ((1 - jitter.contrast) * mean_grey)[:, None] * colour.sum(dim=2)
+    linear = colour * (jitter.contrast * jitter.brightness)[:, None, None]
     return torch.cat([linear, offset[:, :, None]], dim=2)
 
 
@@ -231,7 +239,8 @@ def photometric(images: Tensor, config: ViewConfig, generator: torch.Generator) 
     count, device = len(images), images.device
     # bfloat16 would leave eight bits of a colour; a caller's autocast ends here.
     with torch.autocast(device.type, enabled=False):
-        images = apply_colour(images, colour_matrices(images.mean(dim=(2, 3)), config, generator))
+        jitter = draw_colour_jitter(count, config, generator, device)
+        images = apply_colour(images, colour_matrices(images.mean(dim=(2, 3)), jitter))
         blurred = _bernoulli(count, config.blur_probability, generator, device).nonzero()[:, 0]
         scale = images.shape[-1] / 224
         low, high = config.blur_sigma_min * scale, config.blur_sigma_max * scale

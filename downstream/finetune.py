@@ -23,6 +23,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import update_bn
 
 from cluster import runtime as launcher
 from cluster.checkpoint import CheckpointStore
@@ -42,6 +43,7 @@ from pretrain.codec.feature_codec import FeatureCodec
 RECIPES = Path(__file__).parent / "recipes"
 RESULTS = "results.json"
 EVALUATION_BATCH = 64
+STATISTICS_SAMPLES = 2048  # training images that give the final statistics of batch norms
 PROBE_STEPS, PROBE_LR = 300, 0.01
 FREE_KEYS = {"run", "workers", "launcher", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"}
 
@@ -161,7 +163,9 @@ class Finetuner:
         try:
             if self.config.probe:
                 self._train_probe()
-            elif not self._train_network():
+            elif self._train_network():
+                self._settle_statistics()
+            else:
                 return
             self._save()
             self._write_results(self.evaluate())
@@ -201,7 +205,7 @@ class Finetuner:
             images += len(labels) * runtime.world
             if self.step % config.log_every == 0 or self.step == self.num_steps:
                 accuracy = count_correct(logits.detach(), labels)[0] / len(labels)
-                row = runtime.mean({"loss": float(loss), "train_top1": float(accuracy)})
+                row = runtime.mean({"loss": float(loss.detach()), "train_top1": float(accuracy)})
                 rate = images / (time.perf_counter() - start)
                 self._log({**row, "images_per_second": rate, "lr": self.optimizer.param_groups[0]["lr"]})
                 start, images = time.perf_counter(), 0
@@ -211,6 +215,29 @@ class Finetuner:
             if self.step % config.checkpoint_every == 0:
                 self._save()
         return True
+
+    def _settle_statistics(self) -> None:
+        """Take batch-norm statistics anew, over training images as they are evaluated, averaged over ranks.
+
+        The tail comes with statistics of other features and weights; running means of a short run still hold them.
+        """
+        config, runtime = self.config, self.runtime
+        samples = min(STATISTICS_SAMPLES, self.manifest.split("train").num_samples)
+        loader = train_loader(
+            config.data,
+            canvas_size=self.canvas_size,
+            batch_size=config.batch_size,
+            rank=runtime.rank,
+            world=runtime.world,
+            seed=config.seed,
+        )
+        batches = itertools.islice(loader, samples // config.batch_size)
+        with self._autocast():
+            features = (self.input.features(center_images(b.canvas, b.aspect, self.image_size)) for b in batches)
+            update_bn(features, self.model)
+        for buffer in self.model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(runtime.gather(buffer[None]).mean(dim=0))
 
     def _views(self, batch: CanvasBatch, generator: torch.Generator) -> Tensor:
         """Random crops, half of them mirrored, (N, 3, S, S) uint8: what a camera would have sent."""

@@ -91,6 +91,7 @@ class PretrainConfig:
         """Refuse what cannot work, before any work starts (ConfigError)."""
         self.codec.validate()
         self.ssl.validate()
+        self.views.validate()
         _one_of("launcher", self.launcher, LAUNCHERS)
         _one_of("precision", self.precision, PRECISIONS)
         for key in ("workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every"):

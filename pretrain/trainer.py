@@ -290,7 +290,7 @@ class Trainer:
 
     def _picture(self, batch: CanvasBatch) -> None:
         """Heatmap, box and crops of the first images of a batch, as a PNG and in TensorBoard."""
-        if self.runtime.rank != 0:
+        if self.runtime.rank != 0 or self.config.ssl.heatmap.method == "none":
             return
         canvas, aspect = batch.canvas[:6].to(self.device), batch.aspect[:6].to(self.device)
         guidance = self.views.guidance(canvas)

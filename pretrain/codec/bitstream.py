@@ -88,9 +88,7 @@ def pack(fingerprint: bytes, height: int, width: int, layers: Sequence[Layer]) -
     table, check = b"", google_crc32c.value(fixed)
     for layer in layers:
         check = _extend(check, layer.digest, layer.payload)
-        table += (
-            _varint(len(layer.payload)) + layer.digest.to_bytes(2, "little") + check.to_bytes(4, "little")
-        )
+        table += _varint(len(layer.payload)) + layer.digest.to_bytes(2, "little") + check.to_bytes(4, "little")
     return fixed + table + b"".join(layer.payload for layer in layers)
 
 
@@ -99,9 +97,7 @@ def describe(stream: bytes) -> StreamInfo:
     return _parse(stream)[0]
 
 
-def unpack(
-    stream: bytes, fingerprint: bytes, num_layers: int | None = None
-) -> tuple[StreamInfo, list[Layer]]:
+def unpack(stream: bytes, fingerprint: bytes, num_layers: int | None = None) -> tuple[StreamInfo, list[Layer]]:
     """All layers of a stream, or its first `num_layers`, each checked.
 
     Raises:
@@ -123,9 +119,7 @@ def unpack(
         payload = stream[position : position + entry.length]
         check = _extend(check, entry.digest, payload)
         if check != entry.check:
-            raise BitstreamError(
-                f"stream is damaged: layer {name} does not match its checksum; fetch it again"
-            )
+            raise BitstreamError(f"stream is damaged: layer {name} does not match its checksum; fetch it again")
         layers.append(Layer(payload, entry.digest))
         position += entry.length
     return info, layers
@@ -152,9 +146,7 @@ def _parse(stream: bytes) -> tuple[StreamInfo, bytes, list[_Entry]]:
     if version > VERSION:
         raise BitstreamError(f"stream is of version {version}, this dicm reads up to {VERSION}; update dicm")
     if version < 1 or not 1 <= num_layers <= len(LAYER_NAMES) or stream[2] & FLAGS_MASK:
-        raise BitstreamError(
-            f"stream is damaged: no version of dicm writes {stream[2]:#04x} as its third byte"
-        )
+        raise BitstreamError(f"stream is damaged: no version of dicm writes {stream[2]:#04x} as its third byte")
     height, position = _read_varint(stream, FIXED_BYTES)
     width, position = _read_varint(stream, position)
     if wrong := check_size(height, width):

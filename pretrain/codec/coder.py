@@ -116,9 +116,7 @@ class StreamCoder:
         """Height and width of the images, and the layers of each up to `last_layer`, checked."""
         names = bitstream.LAYER_NAMES[: len(self.groups)]
         if last_layer is not None and last_layer not in names:
-            raise CodecError(
-                f"last_layer={last_layer} is no layer of this codec, which writes {', '.join(names)}"
-            )
+            raise CodecError(f"last_layer={last_layer} is no layer of this codec, which writes {', '.join(names)}")
         wanted = None if last_layer is None else names.index(last_layer) + 1
         unpacked = [bitstream.unpack(stream, self.fingerprint, wanted) for stream in streams]
         sizes = {(info.height, info.width) for info, _ in unpacked}
@@ -126,9 +124,7 @@ class StreamCoder:
             raise CodecError(f"{len(streams)} streams of {len(sizes)} image sizes; decode sizes one by one")
         for info, _ in unpacked:
             if tuple(info.layers) != names:
-                raise BitstreamError(
-                    f"stream has layers {list(info.layers)}, this codec writes {list(names)}"
-                )
+                raise BitstreamError(f"stream has layers {list(info.layers)}, this codec writes {list(names)}")
         return *sizes.pop(), [layers for _, layers in unpacked]
 
     def _read_group(

@@ -102,16 +102,12 @@ def solve_quantiles(model: EntropyBottleneck) -> None:
     with torch.autocast("cpu", enabled=False):
         solved = copy.deepcopy(model).cpu().float()
         if not all(tensor.isfinite().all() for tensor in solved.parameters()):
-            raise CodecError(
-                "a factorized prior has parameters that are not finite; training diverged, lower its lr"
-            )
+            raise CodecError("a factorized prior has parameters that are not finite; training diverged, lower its lr")
         if _quantiles_hold(solved):
             return
         solved._update_quantiles()
         median = solved.quantiles[:, :, 1:2].clone()
-        model.quantiles.copy_(
-            torch.minimum(torch.maximum(solved.quantiles, median - MAX_TAIL), median + MAX_TAIL)
-        )
+        model.quantiles.copy_(torch.minimum(torch.maximum(solved.quantiles, median - MAX_TAIL), median + MAX_TAIL))
 
 
 def _quantiles_hold(model: EntropyBottleneck) -> bool:
@@ -218,9 +214,7 @@ class SymbolDecoder:
 
     def __init__(self, payload: bytes, num_symbols: int):
         if len(payload) < STATE_BYTES - 3:
-            raise BitstreamError(
-                f"layer of {len(payload)} bytes is too short for a coder's state; it is damaged"
-            )
+            raise BitstreamError(f"layer of {len(payload)} bytes is too short for a coder's state; it is damaged")
         whole = payload + bytes(-len(payload) % 4)
         self._decoder = ans.RansDecoder()
         # compressai's coder does not know where its input ends: what it reads behind it are these zeros.

@@ -138,9 +138,7 @@ class FeatureCodec(nn.Module):
             CodecError: another shape, type or size.
         """
         if image.ndim != 3:
-            raise CodecError(
-                f"image has shape {tuple(image.shape)}; encode takes (3, H, W), encode_batch (N, 3, H, W)"
-            )
+            raise CodecError(f"image has shape {tuple(image.shape)}; encode takes (3, H, W), encode_batch (N, 3, H, W)")
         return self.encode_batch(image[None])[0]
 
     @torch.no_grad()
@@ -306,8 +304,6 @@ def _stamp(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
 def _check_images(images: Tensor) -> None:
     shape = tuple(images.shape)
     if images.ndim != 4 or shape[1] != 3 or images.dtype != torch.uint8:
-        raise CodecError(
-            f"images are {shape} {images.dtype}; the codec takes RGB of shape (N, 3, H, W) and type uint8"
-        )
+        raise CodecError(f"images are {shape} {images.dtype}; the codec takes RGB of shape (N, 3, H, W) and type uint8")
     if wrong := bitstream.check_size(*shape[-2:]):
         raise CodecError(f"image of {wrong}; resize or tile it")

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, Mlp
 from torch import Tensor, nn
 
+from pretrain.errors import ConfigError
+
 FILTER_SIZE = (14, 8)  # rows and rfft columns of the learned filter, that of a 14 x 14 plane
 LAYER_SCALE = 1e-6
 
@@ -56,11 +58,16 @@ class RecursiveGatedConv(nn.Module):
 
     def __init__(self, channels: int, order: int, kernel: int = 7, global_local: bool = False):
         super().__init__()
+        if channels % 2 ** (order - 1):
+            raise ConfigError(
+                f"codec.rgc_orders holds {order}, but {channels} channels are no multiple of {2 ** (order - 1)}; "
+                "lower the order"
+            )
         self.dims = [channels // 2**i for i in reversed(range(order))]
         self.proj_in = nn.Conv2d(channels, self.dims[0] + sum(self.dims), 1)
         self.filter: nn.Module
         if global_local:
-            self.filter = GlobalLocalFilter(sum(self.dims) - sum(self.dims) % 2)
+            self.filter = GlobalLocalFilter(sum(self.dims))
         else:
             self.filter = nn.Conv2d(sum(self.dims), sum(self.dims), kernel, padding=kernel // 2, groups=sum(self.dims))
         self.gates = nn.ModuleList(

@@ -56,9 +56,7 @@ class WindowedAttention(nn.Module):
         offset_x = x[:, None] - x[None, :] + self.window - 1
         return self.positions[:, offset_y, offset_x]
 
-    def _padding_mask(
-        self, padded: Tensor, height: int, width: int, rows: int, columns: int, count: int
-    ) -> Tensor:
+    def _padding_mask(self, padded: Tensor, height: int, width: int, rows: int, columns: int, count: int) -> Tensor:
         """(windows, 1, 1, rows * columns): minus infinity at keys that are padding."""
         down, across = padded.shape[1] // rows, padded.shape[2] // columns
         outside = torch.zeros(padded.shape[1:3], device=padded.device)

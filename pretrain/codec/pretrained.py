@@ -46,9 +46,7 @@ def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Non
             json.dumps({"schema_version": SCHEMA_VERSION, **facts}, indent=2).encode() + b"\n",
         )
     except (OSError, SafetensorError) as error:
-        raise CodecError(
-            f"{folder}: cannot be written ({error}); free space or name another folder"
-        ) from error
+        raise CodecError(f"{folder}: cannot be written ({error}); free space or name another folder") from error
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -99,9 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text())
         version = int(facts["schema_version"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CodecError(
-            f"{path}: damaged ({type(error).__name__}: {error}); export the codec again"
-        ) from error
+        raise CodecError(f"{path}: damaged ({type(error).__name__}: {error}); export the codec again") from error
     if version > SCHEMA_VERSION:
         raise CodecError(f"{path}: schema version {version} is newer than this dicm reads; update dicm")
     return facts
@@ -110,9 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def codec_config(folder: Path, facts: dict[str, Any]) -> CodecConfig:
     """The sizes in config.json (CodecError: unknown keys or impossible values); weights are never fetched."""
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(CodecConfig), dict(facts["config"]), {"pretrained": False}
-        )
+        merged = OmegaConf.merge(OmegaConf.structured(CodecConfig), dict(facts["config"]), {"pretrained": False})
         config: CodecConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
         config.validate()
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
@@ -151,7 +145,5 @@ def load_weights(codec: FeatureCodec, tensors: dict[str, Tensor], folder: Path) 
             f"{name} is {found.get(name, 'missing')}, {expected.get(name, 'unknown')} by {CONFIG}"
             for name in different[:2]
         )
-        raise CodecError(
-            f"{folder}: weights of another configuration: {shown} ({len(different)} differ); export again"
-        )
+        raise CodecError(f"{folder}: weights of another configuration: {shown} ({len(different)} differ); export again")
     codec.load_state_dict(tensors)

@@ -110,9 +110,7 @@ def measure_batch(codec: FeatureCodec, images: Tensor) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print a table, write the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images, searched through")
     parser.add_argument("--codec", help="exported codec; without it, a small one with random weights")
     parser.add_argument("--limit", type=int, default=24, help="number of images")

@@ -146,7 +146,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle", "garbage", "list"])
-def test_load__foreign_content_is_refused_without_running_it(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_load__foreign_content_is_refused_and_not_run(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
     """Even with a manifest that fits: only tensors and plain values are read."""
     import hashlib
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,24 @@ from PIL import Image
 CLASSES = ("red", "green", "blue")
 
 
-def write_colours(root: Path, *, train: int = 48, val: int = 18, labels: bool = True, splits: int = 2) -> Path:
+def write_colours(root: Path, *, train: int = 48, val: int = 18) -> Path:
     """Noisy images of 64 px in three colours, the colour being the class."""
     from data_pipeline.shards import Manifest, ShardWriter, Split
 
     root.mkdir(parents=True)
     random = np.random.default_rng(0)
     written = {}
-    for split, count in list({"train": train, "val": val}.items())[:splits]:
+    for split, count in (("train", train), ("val", val)):
         with ShardWriter(root, split) as writer:
             for number in range(count):
                 pixels = random.integers(0, 90, (64, 64, 3), dtype=np.uint8)
                 pixels[..., number % 3] += 150
                 file = io.BytesIO()
                 Image.fromarray(pixels).save(file, "PNG")
-                json = {"label": number % 3} if labels else {}
-                writer.write({"__key__": f"{split}-{number:04d}", "png": file.getvalue(), "json": json})
+                label = {"label": number % 3}
+                writer.write({"__key__": f"{split}-{number:04d}", "png": file.getvalue(), "json": label})
         written[split] = Split(tuple(writer.shards))
-    Manifest("colours", CLASSES if labels else (), written).save(root)
+    Manifest("colours", CLASSES, written).save(root)
     return root
 
 
@@ -47,9 +48,17 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     codec = FeatureCodec(
         CodecConfig(
-            backbone="resnet18", re_channels=16, re_latent=16, re_depths=[1, 1, 1], transform_channels=16,
-            latent_channels=16, hyper_dim=24, hyper_heads=2, hyper_head_dim=12, z_channels=8,
-        )  # fmt: skip
+            backbone="resnet18",
+            re_channels=16,
+            re_latent=16,
+            re_depths=[1, 1, 1],
+            transform_channels=16,
+            latent_channels=16,
+            hyper_dim=24,
+            hyper_heads=2,
+            hyper_head_dim=12,
+            z_channels=8,
+        )
     )
     with torch.no_grad():  # latents of some size, as trained ones have: the streams differ from image to image
         codec.g_a[-1].weight.mul_(30)
@@ -58,12 +67,17 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options(codec: Path, data: Path, run: Path, *overrides: str) -> list[str]:
-    """Options of a fine-tune of seconds."""
+def _options(codec: Path, data: Path, run: Path, *overrides: str) -> list[str]:
     return [
         f"codec={codec}", f"data={data}", f"run={run}", "launcher=local", "workers=1", "precision=fp32", "epochs=3",
         "batch_size=12", "log_every=1", *overrides,
     ]  # fmt: skip
+
+
+@pytest.fixture
+def options() -> Callable[..., list[str]]:
+    """Options of a fine-tune of seconds, by codec, data and run folder, and further ones."""
+    return _options
 
 
 @pytest.fixture(scope="session")
@@ -72,5 +86,5 @@ def finetuned(codec_folder: Path, colours: Path, tmp_path_factory: pytest.TempPa
     from downstream.finetune import resolve, run
 
     folder = tmp_path_factory.mktemp("runs") / "streams"
-    run(resolve("classification", options(codec_folder, colours, folder)))
+    run(resolve("classification", _options(codec_folder, colours, folder)))
     return folder

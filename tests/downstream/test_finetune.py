@@ -23,7 +23,9 @@ def fine_tune(codec: Path, data: Path, run: Path, *more: str) -> dict:
     return finetune.run(finetune.resolve("classification", options(codec, data, run, *more)))
 
 
-def test_run__measures_on_real_streams_and_leaves_the_codec_as_it_was(exported_codec: Path, scenes: Path, tmp_path: Path):
+def test_run__measures_on_real_streams_and_leaves_the_codec_as_it_was(
+    exported_codec: Path, scenes: Path, tmp_path: Path
+):
     before = {path.name: path.read_bytes() for path in exported_codec.iterdir()}
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     stream = FeatureCodec.from_pretrained(exported_codec).encode(image)
@@ -36,7 +38,9 @@ def test_run__measures_on_real_streams_and_leaves_the_codec_as_it_was(exported_c
 
 
 def test_frozen_codec__nothing_of_it_changes_while_a_task_trains(exported_codec: Path, scenes: Path, tmp_path: Path):
-    config = finetune.resolve("classification", options(exported_codec, scenes, tmp_path, "image_size=64", "canvas_size=64"))
+    config = finetune.resolve(
+        "classification", options(exported_codec, scenes, tmp_path, "image_size=64", "canvas_size=64")
+    )
     tuner = finetune.Finetuner(finetune.launcher.LocalRuntime(), config)
     before = {name: tensor.clone() for name, tensor in tuner.input.codec.state_dict().items()}
     tail = {name: tensor.clone() for name, tensor in tuner.model.tail.state_dict().items()}
@@ -71,7 +75,9 @@ def test_run__stopped_run_continues_to_the_same_weights(exported_codec: Path, sc
     for folder in steps[1:]:
         shutil.rmtree(folder)
     fine_tune(exported_codec, scenes, again, "checkpoint_every=1", "keep_checkpoints=10")
-    states = [torch.load(run / "checkpoints" / steps[-1].name / "state.pt", weights_only=True) for run in (whole, again)]
+    states = [
+        torch.load(run / "checkpoints" / steps[-1].name / "state.pt", weights_only=True) for run in (whole, again)
+    ]
     assert all(torch.equal(states[0]["model"][name], tensor) for name, tensor in states[1]["model"].items())
 
 
@@ -79,7 +85,9 @@ def test_evaluate__gives_the_same_figures_again(exported_codec: Path, scenes: Pa
     results = fine_tune(exported_codec, scenes, tmp_path / "run")
     assert dicm("evaluate", tmp_path / "run").returncode == 0
     again = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {key: again[key] for key in ("top1", "top5", "bpp")} == {key: results[key] for key in ("top1", "top5", "bpp")}
+    assert {key: again[key] for key in ("top1", "top5", "bpp")} == {
+        key: results[key] for key in ("top1", "top5", "bpp")
+    }
 
 
 def test_finetune__bad_input(exported_codec: Path, scenes: Path, tmp_path: Path):
@@ -92,7 +100,9 @@ def test_finetune__bad_input(exported_codec: Path, scenes: Path, tmp_path: Path)
     refused("batch_size=4096", more=("batch_size=4096",))
     refused("anchor", "input=pixels", more=("anchor=jpeg:3",))
     refused("epoch", "epochs", more=("epoch=3",))
-    assert_refused(dicm("finetune", "clasification", *options(exported_codec, scenes, tmp_path / "run")), "classification")
+    assert_refused(
+        dicm("finetune", "clasification", *options(exported_codec, scenes, tmp_path / "run")), "classification"
+    )
 
     manifest = Manifest.load(scenes)
     unlabelled = shutil.copytree(scenes, tmp_path / "unlabelled")

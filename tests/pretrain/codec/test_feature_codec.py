@@ -246,9 +246,7 @@ def change_behind_autograd(codec: FeatureCodec) -> None:
     codec.eval()
 
 
-@pytest.mark.parametrize(
-    "change", [change_by_step, change_in_place, change_by_loading, change_behind_autograd]
-)
+@pytest.mark.parametrize("change", [change_by_step, change_in_place, change_by_loading, change_behind_autograd])
 def test_encode__never_with_tables_of_other_weights(change: Callable[[FeatureCodec], None]):
     codec, image = create_codec(), random_images(1, 64, 64)[0]
     before = codec.encode(image)
@@ -269,9 +267,7 @@ def test_features__round_about_solved_medians():
     codec, image = create_codec(), random_images(1, 64, 64)[0]
     change_in_place(codec)
     features = codec.features(normalize(image[None].float() / 255))  # before anything was encoded
-    assert torch.allclose(
-        codec.decode(codec.encode(image)), features, atol=1e-4 * float(features.abs().max())
-    )
+    assert torch.allclose(codec.decode(codec.encode(image)), features, atol=1e-4 * float(features.abs().max()))
 
 
 def test_encode__leaves_training_mode_and_random_state_alone():

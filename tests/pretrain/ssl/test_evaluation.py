@@ -34,9 +34,9 @@ def test_knn_accuracy__does_not_depend_on_scale_or_on_how_queries_are_split(monk
 
 def test_knn_accuracy__fewer_samples_than_k_and_classes_seen_in_val_alone():
     features = torch.eye(4)
-    assert knn_accuracy(
-        features[:2], torch.tensor([0, 1]), features[:3], torch.tensor([0, 1, 9])
-    ) == pytest.approx(2 / 3)
+    assert knn_accuracy(features[:2], torch.tensor([0, 1]), features[:3], torch.tensor([0, 1, 9])) == pytest.approx(
+        2 / 3
+    )
 
 
 def test_knn_accuracy__unlabelled_samples_do_not_count():

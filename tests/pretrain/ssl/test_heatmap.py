@@ -44,8 +44,7 @@ def slow_box(heat: np.ndarray, threshold: float) -> list[float]:
 HEATS = arrays.arrays(
     np.float32,
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
-    elements=st.sampled_from([0.0, 0.0625, 0.125, 0.5, 1.0])
-    | st.floats(0, 1, width=32, allow_subnormal=False),
+    elements=st.sampled_from([0.0, 0.0625, 0.125, 0.5, 1.0]) | st.floats(0, 1, width=32, allow_subnormal=False),
 )
 
 
@@ -110,9 +109,7 @@ def test_heatmaps__training_in_the_same_autocast_context_still_gets_gradients(en
 
 def test_heatmaps__image_does_not_depend_on_its_batch(encoder: Encoder):
     images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(
-        heatmaps(encoder, images)[1:2], heatmaps(encoder, images[1:2]), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(heatmaps(encoder, images)[1:2], heatmaps(encoder, images[1:2]), rtol=1e-3, atol=1e-4)
 
 
 def test_heatmaps__redundancy_is_in_the_path_where_enabled(encoder: Encoder):
@@ -132,9 +129,7 @@ def bright_patch(row: int, column: int) -> Tensor:
 
 @pytest.mark.parametrize("place", [(0, 0), (96, 0), (48, 96)])
 @pytest.mark.parametrize("method", HEATMAPS)
-def test_heatmaps__warmest_where_the_image_has_something(
-    encoder: Encoder, method: str, place: tuple[int, int]
-):
+def test_heatmaps__warmest_where_the_image_has_something(encoder: Encoder, method: str, place: tuple[int, int]):
     heat = heatmaps(encoder, bright_patch(*place), method, layer="layer2")[0]
     row, column = divmod(int(heat.argmax()), 128)
     assert place[0] - 16 <= row <= place[0] + 48

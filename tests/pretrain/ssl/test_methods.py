@@ -129,9 +129,7 @@ def test_set_redundancy__images_pass_through_it_in_both_encoders(name: str):
         for parameter in method.encoder.redundancy.parameters():
             parameter.add_(0.01)  # trained since the method was made
     method.set_redundancy(True)
-    pairs = zip(
-        method.encoder.redundancy.parameters(), method.momentum_encoder.redundancy.parameters(), strict=True
-    )
+    pairs = zip(method.encoder.redundancy.parameters(), method.momentum_encoder.redundancy.parameters(), strict=True)
     assert all(torch.equal(own, average) for own, average in pairs)
     loss, outputs = method(*views())
     loss.backward()
@@ -229,9 +227,7 @@ def test_moco__loss_is_info_nce_of_both_directions_against_the_same_queue():
         query, key = unit(method.head(method.encoder(query_view).features)), unit(method.keys(key_view))
         for i in range(len(query)):
             positive = math.exp(float(query[i] @ key[i]) / 0.2)
-            expected -= (
-                math.log(positive / (positive + float((query[i] @ negatives.T / 0.2).exp().sum()))) / 8
-            )
+            expected -= math.log(positive / (positive + float((query[i] @ negatives.T / 0.2).exp().sum()))) / 8
     assert method(view0, view1)[0].item() == pytest.approx(expected, rel=1e-4)
 
 

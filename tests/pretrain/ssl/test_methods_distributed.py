@@ -56,9 +56,7 @@ def train_with_batch_statistics(rank: int) -> dict[str, Any]:
         method = small_method("moco", distributed=True)
         wrapped: torch.nn.Module = method
         if not by_hand:
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                method, list(method.replicated_buffers)
-            )
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(method, list(method.replicated_buffers))
             wrapped = DistributedDataParallel(method)
         torch.manual_seed(rank)
         share = [view.chunk(WORLD)[rank].contiguous(memory_format=torch.channels_last) for view in views(0)]

@@ -1,0 +1,78 @@
+"""What semantic guidance costs: time of a contrastive step with guided and with unguided crops, taken in turns.
+
+Both do all of a step: two views on the device, forward, backward, optimizer, momentum encoder. Reported are
+medians and their ratio; the machine may be shared, so the two are interleaved.
+
+    python tests/benchmarks/step.py [--recipe small] [--batch 64] [--repeats 15] [--json figures.json] [KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cluster.runtime import LocalRuntime
+from data_pipeline.scenes import write_scenes
+from pretrain.run import resolve
+from pretrain.trainer import Trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="options of the recipe")
+    parser.add_argument("--recipe", default="small")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "scenes"
+        write_scenes(data, train=max(arguments.batch, 8), val=1, size=64)
+        options = [f"data={data}", f"run={scratch}/run", "workers=1", "launcher=local", "ssl.heatmap.warmup=0",
+                   "only=[ssl]", f"stages.ssl.batch_size={arguments.batch}", "stages.ssl.epochs=100000",
+                   "log_every=100000", "picture_every=100000"]  # fmt: skip
+        config = resolve(arguments.recipe, [*options, *arguments.overrides])
+        trainer = Trainer(LocalRuntime(), config)
+        stage = trainer._enter_stage(0)
+        batch = next(iter(trainer._batches(stage)))
+        method = config.ssl.heatmap.method
+        times: dict[str, list[float]] = {"guided": [], "unguided": []}
+        for repeat in range(arguments.repeats + 2):
+            for name, seconds in times.items():
+                config.ssl.heatmap.method = method if name == "guided" else "none"
+                start = time.perf_counter()
+                trainer._train_step(stage, batch)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if repeat >= 2:  # warm
+                    seconds.append(time.perf_counter() - start)
+        trainer.logger.close()
+
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    cost = medians["guided"] / medians["unguided"] - 1
+    heatmap = config.ssl.heatmap
+    table = Table("crops", "ms a step", "images/s", title=f"{arguments.recipe}: {config.codec.backbone}, {config.image_size} px, "
+                  f"batch {arguments.batch}, {method} of {heatmap.layer} at {heatmap.size} px")  # fmt: skip
+    for name, seconds in medians.items():
+        table.add_row(name, f"{1000 * seconds:.1f}", f"{arguments.batch / seconds:.1f}")
+    console = Console(width=110)
+    console.print(table)
+    console.print(f"guidance costs {100 * cost:.1f} % of an unguided step")
+    if arguments.json:
+        figures = {"guided_seconds": medians["guided"], "unguided_seconds": medians["unguided"], "cost": cost}
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

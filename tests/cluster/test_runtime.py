@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions by name
+
+from worker_functions import (
+    Options,
+    die,
+    facts_of,
+    fail_with_a_bug,
+    fail_with_our_error,
+    step_until_told,
+    write_facts,
+)
+
+from cluster.errors import CheckpointError, RunError
+from cluster.runtime import run
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}"}
+HIDE_RAY = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "ray": raise ImportError("ray is hidden")
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def local(function, options: Options, workers: int = 2) -> None:
+    run(function, options, workers=workers, launcher="local", run_dir=options.folder)
+
+
+def check_facts(facts: list[dict]) -> None:
+    """What two workers agree on, whoever launched them."""
+    assert [(fact["rank"], fact["world"], fact["local_rank"]) for fact in facts] == [(0, 2, 0), (1, 2, 1)]
+    for fact in facts:
+        assert fact["mean"] == {"loss": 0.5, "step": 2.0**40 + 1}
+        assert fact["sum"] == 3.0
+        assert fact["gathered"] == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+        assert fact["broadcast"] == {"step": 7, "from": 0}
+        assert fact["should_stop"] is False
+        if not torch.cuda.is_available():
+            assert fact["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_run__one_worker_in_this_process(tmp_path: Path):
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    local(write_facts, Options(str(tmp_path)), workers=1)
+    (fact,) = facts_of(tmp_path, 1)
+    assert (fact["rank"], fact["world"], fact["mean"]["loss"], fact["sum"]) == (0, 1, 0.0, 1.0)
+    assert fact["gathered"] == [[0.0, 0.0]]
+    assert torch.get_num_threads() == threads
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_run__errors_of_one_worker_keep_their_traceback(tmp_path: Path):
+    with pytest.raises(KeyError, match="no such key"):
+        local(fail_with_a_bug, Options(str(tmp_path), rank=0), workers=1)
+
+
+def test_run__two_workers_reduce_gather_and_broadcast_where_ray_is_hidden(tmp_path: Path):
+    program = HIDE_RAY + (
+        "from worker_functions import Options, write_facts\n"
+        "from cluster.runtime import run\n"
+        "if __name__ == '__main__':\n"
+        "    run(write_facts, Options(sys.argv[1]), workers=2, launcher='local', run_dir=sys.argv[1])\n"
+    )
+    (tmp_path / "main.py").write_text(program)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "main.py", tmp_path], env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    facts = facts_of(tmp_path, 2)
+    check_facts(facts)
+    assert not any(fact["ray"] for fact in facts)
+
+
+def test_run__torchruns_environment_is_honoured(tmp_path: Path):
+    """Two processes that torchrun started; `workers` says 8, which is not theirs to start."""
+    program = (
+        "import sys\n"
+        "from worker_functions import Options, write_facts\n"
+        "from cluster.runtime import run\n"
+        "run(write_facts, Options(sys.argv[1]), workers=8, launcher='local', run_dir=sys.argv[1])\n"
+    )
+    (tmp_path / "main.py").write_text(program)
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "main.py",
+         tmp_path], env=ENVIRONMENT, capture_output=True, timeout=200, check=True,
+    )  # fmt: skip
+    check_facts(facts_of(tmp_path, 2))
+
+
+def test_run__our_error_in_a_worker_comes_back_as_it_was_raised(tmp_path: Path):
+    with pytest.raises(CheckpointError) as caught:
+        local(fail_with_our_error, Options(str(tmp_path)))
+    assert str(caught.value) == f"{tmp_path}: a line for the user"
+
+
+def test_run__a_bug_in_a_worker_comes_back_with_its_traceback(tmp_path: Path):
+    with pytest.raises(RuntimeError, match=r"worker 1 of 2 failed:(.|\n)*in fail_with_a_bug(.|\n)*KeyError"):
+        local(fail_with_a_bug, Options(str(tmp_path)))
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_run__a_killed_worker_is_named_and_the_others_do_not_hang(tmp_path: Path, wait: bool):
+    begun = time.monotonic()
+    with pytest.raises(RunError, match=r"worker 1 of 2 was killed \(SIGKILL.*run the same command again"):
+        local(die, Options(str(tmp_path), wait=wait))
+    assert time.monotonic() - begun < 100
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_run__sigterm_lets_every_worker_stop_at_the_same_step(tmp_path: Path, workers: int):
+    program = (
+        "import sys\n"
+        "from worker_functions import Options, step_until_told\n"
+        "from cluster.runtime import run\n"
+        "if __name__ == '__main__':\n"
+        "    run(step_until_told, Options(sys.argv[1]), workers=int(sys.argv[2]), launcher='local', run_dir=sys.argv[1])\n"
+        "    print('returned')\n"
+    )
+    (tmp_path / "main.py").write_text(program)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py", tmp_path, str(workers)], env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "returned\n"), err
+    assert len({(tmp_path / f"stopped_{rank}").read_text() for rank in range(workers)}) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_run__workers_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals):
+    program = (
+        "import sys\n"
+        "from worker_functions import Options, step_until_told\n"
+        "from cluster.runtime import run\n"
+        "if __name__ == '__main__':\n"
+        "    run(step_until_told, Options(sys.argv[1]), workers=2, launcher='local', run_dir=sys.argv[1])\n"
+    )
+    (tmp_path / "main.py").write_text(program)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py", tmp_path], env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    worker = int((tmp_path / "pids").read_text())
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    end = time.monotonic() + 20
+    while Path(f"/proc/{worker}/stat").exists() and ") Z" not in Path(f"/proc/{worker}/stat").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("workers", "launcher", "word"), [(0, "local", "workers=0"), (1, "slurm", "launcher=slurm: there are local, ray")]
+)
+def test_run__what_cannot_be_launched_is_named(tmp_path: Path, workers: int, launcher: str, word: str):
+    with pytest.raises(RunError, match=word):
+        run(step_until_told, Options(str(tmp_path)), workers=workers, launcher=launcher, run_dir=str(tmp_path))

@@ -1,0 +1,90 @@
+"""What workers do in tests: importable by name from any process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cluster.errors import CheckpointError
+from cluster.runtime import Runtime
+
+
+@dataclass
+class Options:
+    """Where a worker writes, and what it should suffer."""
+
+    folder: str
+    rank: int = 1  # the one that suffers
+    wait: bool = False
+
+
+def write_facts(runtime: Runtime, options: Options) -> None:
+    """Everything a training function may ask of its runtime, as this rank sees it, to FOLDER/rank.json."""
+    total = torch.tensor([runtime.rank + 1.0])
+    if runtime.world > 1:
+        dist.all_reduce(total)
+    facts = {
+        "rank": runtime.rank,
+        "world": runtime.world,
+        "local_rank": runtime.local_rank,
+        "device": runtime.device.type,
+        "threads": torch.get_num_threads(),
+        "mean": runtime.mean({"loss": float(runtime.rank), "step": 2.0**40 + 1}),
+        "sum": total.item(),
+        "gathered": runtime.gather(
+            torch.full((runtime.rank + 1, 2), float(runtime.rank), device=runtime.device)
+        ).tolist(),
+        "broadcast": runtime.broadcast({"step": 7, "from": runtime.rank}),
+        "should_stop": runtime.should_stop,
+        "directory": str(Path.cwd()),
+        "ray": "ray" in sys.modules,
+    }
+    runtime.barrier()
+    runtime.report({"step": 1})
+    Path(options.folder, f"{runtime.rank}.json").write_text(json.dumps(facts))
+
+
+def facts_of(folder: Path, world: int) -> list[dict]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def fail_with_our_error(runtime: Runtime, options: Options) -> None:
+    if runtime.rank == options.rank:
+        raise CheckpointError(f"{options.folder}: a line for the user")
+    runtime.barrier()
+
+
+def fail_with_a_bug(runtime: Runtime, options: Options) -> None:
+    if runtime.rank == options.rank:
+        return {}["no such key"]
+    return runtime.barrier()
+
+
+def die(runtime: Runtime, options: Options) -> None:
+    """Killed in mid-run, while the others wait for it, or compute on."""
+    runtime.barrier()
+    if runtime.rank == options.rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if options.wait:
+        time.sleep(1000)
+    runtime.barrier()
+
+
+def step_until_told(runtime: Runtime, options: Options) -> None:
+    """Steps until it should stop, then says at which step it did."""
+    if runtime.rank == 0:
+        Path(options.folder, "pids").write_text(f"{os.getpid()}")
+    for step in range(10_000):
+        if runtime.should_stop:
+            Path(options.folder, f"stopped_{runtime.rank}").write_text(str(step))
+            return
+        Path(options.folder, "begun").touch()
+        time.sleep(0.02)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from data_pipeline.cli import app
+from data_pipeline.errors import DataError
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refusal(*arguments: str | Path) -> str:
+    """The one line that `dicm` prints before it exits with code 2."""
+    result = run(*arguments)
+    assert isinstance(result.exception, DataError), result.output
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
+
+
+def photos(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 18), "teal").save(root / name)
+    return root
+
+
+def test_scenes__closing_line_counts(tmp_path: Path):
+    result = run("scenes", tmp_path / "out", "--train", 3, "--val", 2, "--size", 32, "--seed", 5)
+    assert result.exit_code == 0
+    assert result.stdout == f"3 + 2 scenes of 10 classes -> {tmp_path / 'out'}\n"
+    assert "already" in refusal("scenes", tmp_path / "out", "--train", 3, "--val", 2)
+
+
+def test_build__closing_line_counts_what_was_left_out(tmp_path: Path):
+    source = photos(tmp_path / "[my] photos", "train/a/1.png", "train/b/2.png", "val/a/3.jpg")
+    (source / "train" / "a" / "broken.jpg").write_text("no image")
+    out = tmp_path / "out"
+    result = run("build", "imagefolder", source, out, "--processes", 1)
+    assert result.exit_code == 0
+    expected = f"2 train, 1 val images of 2 classes -> {out}; 1 left out, see {out}/rejected.jsonl\n"
+    assert result.stdout == expected
+    assert "broken.jpg" in (out / "rejected.jsonl").read_text()
+
+
+def test_build__images_without_classes(tmp_path: Path):
+    result = run("build", "imagefolder", photos(tmp_path / "in", "1.png", "2.JPG"), tmp_path / "out")
+    assert result.stdout == f"2 train images without classes -> {tmp_path / 'out'}; none left out\n"
+
+
+@pytest.mark.parametrize(("name", "words"), [("absent", "no such folder"), ("empty", "no image in it")])
+def test_build__bad_source(tmp_path: Path, name: str, words: str):
+    (tmp_path / "empty").mkdir()
+    line = refusal("build", "imagefolder", tmp_path / name, tmp_path / "out")
+    assert name in line and words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_build__unknown_layout(tmp_path: Path):
+    assert refusal("build", "parquet", tmp_path, tmp_path / "out").endswith("use imagefolder")
+
+
+def test_inspect__prints_counts_and_writes_the_sheet(scenes: Path, tmp_path: Path):
+    sheet = tmp_path / "sheet.png"
+    result = run("inspect", scenes, "--sheet", sheet)
+    assert result.exit_code == 0
+    for word in ("train", "48", "val", "16", "64..64", "crescent", "10 classes", str(sheet)):
+        assert word in result.stdout
+    assert Image.open(sheet).size[0] == 8 * 160
+
+
+def test_verify__sound_and_damaged(scenes: Path, tmp_path: Path):
+    root = shutil.copytree(scenes, tmp_path / "copy")
+    result = run("verify", root)
+    assert result.exit_code == 0
+    assert result.stdout == f"{root}: 64 samples in 2 shards, nothing wrong\n"
+
+    shard = root / "val-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    result = run("verify", root)
+    assert isinstance(result.exception, DataError)
+    assert "1 fault" in str(result.exception)
+    assert f"{shard}: has" in result.stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_commands__not_a_data_set(tmp_path: Path, command: str):
+    assert "no such folder" in refusal(command, tmp_path / "absent")
+    assert "not a data set" in refusal(command, tmp_path)
+    (tmp_path / "dataset.json").write_text("{")
+    assert "damaged manifest" in refusal(command, tmp_path)

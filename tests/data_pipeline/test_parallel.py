@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+
+from data_pipeline.parallel import ordered_map
+
+
+def _slow_square(number: int) -> int:
+    time.sleep(0.002 * (number % 3))
+    return number * number
+
+
+def _fail(number: int) -> int:
+    raise KeyError(number)
+
+
+@pytest.mark.parametrize("count", [0, 1, 50])
+def test_ordered_map__keeps_the_order(count: int):
+    assert list(ordered_map(_slow_square, range(count), 2, chunk=3)) == [n * n for n in range(count)]
+
+
+def test_ordered_map__holds_few_jobs_at_a_time():
+    """An endless input is worked on, so its length does not matter to memory."""
+    taken = 0
+
+    def endless() -> Iterator[int]:
+        nonlocal taken
+        while True:
+            yield taken
+            taken += 1
+
+    results = ordered_map(_slow_square, endless(), 2, chunk=2)
+    assert list(islice(results, 10)) == [n * n for n in range(10)]
+    results.close()  # type: ignore[attr-defined]
+    assert taken <= 10 + 2 * (4 * 2 + 2)
+
+
+def test_ordered_map__passes_errors_on():
+    with pytest.raises(KeyError):
+        list(ordered_map(_fail, range(3), 1))

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split, new_dataset
+
+
+def write(root: Path, count: int = 7, max_samples: int = 3, **options: int) -> Manifest:
+    root.mkdir(exist_ok=True)
+    with ShardWriter(root, "train", max_samples=max_samples, **options) as writer:
+        for number in range(count):
+            facts = json.dumps({"label": number % 2}).encode()
+            writer.write({"__key__": f"train-{number:03d}", "jpg": bytes([number]) * (100 + number), "json": facts})
+    manifest = Manifest("letters", ("a", "b"), {"train": Split(tuple(writer.shards))})
+    manifest.save(root)
+    return manifest
+
+
+def reader_of(root: Path) -> ShardReader:
+    return ShardReader(root, Manifest.load(root).split("train"))
+
+
+def damage(root: Path, **fields: object) -> None:
+    """Change fields of the first shard's entry in the manifest."""
+    path = root / "dataset.json"
+    content = json.loads(path.read_text())
+    content["splits"]["train"]["shards"][0].update(fields)
+    path.write_text(json.dumps(content))
+
+
+def test_shard_reader__reads_any_sample_in_any_order(tmp_path: Path):
+    assert write(tmp_path).split("train").shard_sizes == [3, 3, 1]
+    reader = reader_of(tmp_path)
+    assert len(reader) == 7
+    for number in (6, 0, 3, 2, 5):
+        sample = reader.read(number)
+        assert sample["__key__"] == f"train-{number:03d}"
+        assert sample["jpg"] == bytes([number]) * (100 + number)
+        assert json.loads(sample["json"]) == {"label": number % 2}
+    with pytest.raises(IndexError):
+        reader.read(7)
+
+
+def test_shard_writer__stock_webdataset_reads_the_shards(tmp_path: Path):
+    manifest = write(tmp_path)
+    urls = [str(tmp_path / shard.name) for shard in manifest.split("train").shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in samples] == [f"train-{number:03d}" for number in range(7)]
+    assert samples[4]["jpg"] == bytes([4]) * 104
+    assert json.loads(samples[4]["json"]) == {"label": 0}
+
+
+def test_shard_writer__equal_input_gives_equal_bytes(tmp_path: Path):
+    first, second = write(tmp_path / "a"), write(tmp_path / "b")
+    assert first == second
+    assert first.hash == second.hash
+    assert first.hash != write(tmp_path / "c", count=6).hash
+
+
+def test_shard_writer__starts_a_new_shard_at_max_bytes(tmp_path: Path):
+    sizes = write(tmp_path, max_samples=100, max_bytes=4096).split("train").shard_sizes
+    assert len(sizes) > 1 and sum(sizes) == 7
+
+
+@pytest.mark.parametrize("field", ["pyd", "pkl", "pickle", "pth"])
+def test_shard_writer__refuses_pickled_fields_by_name(tmp_path: Path, field: str):
+    with pytest.raises(DataError, match=f"s0.*'{field}' is a pickle"), ShardWriter(tmp_path, "train") as writer:
+        writer.write({"__key__": "s0", "jpg": b"x", field: b"y"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shard_writer__leaves_no_shard_behind_on_an_error(tmp_path: Path):
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "train") as writer:  # noqa: PT012
+        writer.write({"__key__": "s0", "jpg": b"x"})
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shard_reader__refuses_a_pickle_inside_a_shard(tmp_path: Path):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("s0.pyd"), io.BytesIO())
+    content = data.getvalue()
+    (tmp_path / "train-0.tar").write_bytes(content)
+    shard = Shard("train-0.tar", hashlib.sha256(content).hexdigest(), len(content), 1, (0,))
+    with pytest.raises(DataError, match="'pyd' is a pickle"):
+        ShardReader(tmp_path, Split((shard,))).read(0)
+
+
+def test_shard_reader__names_a_truncated_shard(tmp_path: Path):
+    write(tmp_path)
+    path = tmp_path / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    reader = reader_of(tmp_path)
+    assert reader.read(0)["__key__"] == "train-000"
+    with pytest.raises(DataError, match=r"train-000001\.tar: has \d+ bytes instead of \d+; fetch"):
+        reader.read(3)
+
+
+def test_shard_reader__names_a_shard_with_one_flipped_bit(tmp_path: Path):
+    write(tmp_path)
+    path = tmp_path / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-000000\.tar: damaged.*sha256"):
+        reader_of(tmp_path).read(2)
+
+
+def test_shard_reader__names_a_missing_shard(tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / "train-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000002\.tar: cannot be read"):
+        reader_of(tmp_path).read(6)
+
+
+def test_shard_reader__keeps_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ShardReader, "MAX_OPEN", 2)
+    write(tmp_path, count=9, max_samples=1)
+    reader = reader_of(tmp_path)
+    for _ in range(2):
+        for number in range(9):
+            assert reader.read(number)["__key__"] == f"train-{number:03d}"
+            assert len(reader._open) <= 2
+
+
+def test_shard_reader__travels_to_other_processes(tmp_path: Path):
+    write(tmp_path)
+    reader = reader_of(tmp_path)
+    reader.read(0)
+    copy = pickle.loads(pickle.dumps(reader))
+    assert copy.read(5) == reader.read(5)
+
+
+def _keys(reader: ShardReader, count: int) -> bool:
+    return all(reader.read(n % 7)["__key__"] == f"train-{n % 7:03d}" for n in range(count))
+
+
+def test_shard_reader__forked_processes_do_not_disturb_each_other(tmp_path: Path):
+    write(tmp_path, max_samples=7)
+    reader = reader_of(tmp_path)
+    reader.read(0)  # opens the file that the children share
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        assert all(pool.starmap(_keys, [(reader, 300)] * 3)) and _keys(reader, 300)
+
+
+def test_load__round_trip(tmp_path: Path):
+    manifest = write(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_load__missing_folder(tmp_path: Path):
+    with pytest.raises(DataError, match="absent: no such folder"):
+        Manifest.load(tmp_path / "absent")
+
+
+def test_load__a_folder_of_images_is_told_the_command(tmp_path: Path):
+    with pytest.raises(DataError, match=r"not a data set.*dicm data build imagefolder"):
+        Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": "x"}', "\udcff"])
+def test_load__damaged_manifest(tmp_path: Path, text: str):
+    (tmp_path / "dataset.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=r"dataset\.json: damaged manifest.*build the data set again"):
+        Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"name": "../train.tar"}, {"offsets": [0]}, {"offsets": [0, 1, 2]}, {"offsets": [0, 2048, 1024]}, {"bytes": 512}],
+)
+def test_load__damaged_shard_entry(tmp_path: Path, fields: dict):
+    write(tmp_path)
+    damage(tmp_path, **fields)
+    with pytest.raises(DataError, match="damaged entry"):
+        Manifest.load(tmp_path)
+
+
+def test_load__newer_schema(tmp_path: Path):
+    write(tmp_path)
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
+    with pytest.raises(DataError, match=r"schema version 2 is newer.*update dicm"):
+        Manifest.load(tmp_path)
+
+
+def test_load__refuses_pipe_addresses(tmp_path: Path):
+    write(tmp_path)
+    damage(tmp_path, name="pipe:touch pwned.tar")
+    with pytest.raises(DataError, match="pipe: address"):
+        Manifest.load(tmp_path)
+    with pytest.raises(DataError, match="pipe: addresses run commands"):
+        Manifest.load("pipe:cat data")
+
+
+def test_split__names_the_splits_there_are(tmp_path: Path):
+    with pytest.raises(DataError, match="no split 'val'; it has train"):
+        write(tmp_path).split("val")
+
+
+def test_new_dataset__appears_whole_or_not_at_all(tmp_path: Path):
+    out = tmp_path / "deep" / "out"
+    with pytest.raises(RuntimeError), new_dataset(out) as folder:  # noqa: PT012
+        (folder / "file").touch()
+        raise RuntimeError
+    assert list((tmp_path / "deep").iterdir()) == []
+    with new_dataset(out) as folder:
+        (folder / "file").touch()
+        assert not out.exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert (out / "file").is_file()
+
+
+def test_new_dataset__refuses_to_overwrite(tmp_path: Path):
+    (tmp_path / "mine").touch()
+    with pytest.raises(DataError, match="is there already"), new_dataset(tmp_path):
+        pytest.fail("entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_new_dataset__a_full_disk_is_told_in_one_line(tmp_path: Path):
+    with pytest.raises(DataError, match=r"No space left.*free space"), new_dataset(tmp_path / "out"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from conftest import NARROW, SHORT
+from rich.console import Console
+
+from downstream.demo import Timings, run_demo
+from downstream.errors import TaskError
+
+SMALL = {
+    "train": 48,
+    "val": 16,
+    "pretraining": ["launcher=local", "workers=1", *NARROW, *SHORT],
+    "classification": ["epochs=1", "batch_size=16"],
+}
+
+
+def demo(out: Path) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    run_demo(out, console, **SMALL)
+    return console.file.getvalue()
+
+
+@pytest.mark.slow
+def test_run_demo__ends_with_a_report_and_goes_on_where_it_was(tmp_path: Path):
+    out = tmp_path / "demo"
+    said = demo(out)
+    assert "minutes" in said.splitlines()[0] and str(out / "report.html") in said.splitlines()[0]
+    page = (out / "report.html").read_text()
+    for words in ("codec_low", "jpeg:1", "jpeg:20", "draw scenes", "dicm pretrain demo_low_rate"):
+        assert words in page
+
+    pretrained = (out / "codec" / "model.safetensors").read_bytes()
+    (out / "report.html").unlink()
+    (out / "runs" / "jpeg_20" / "results.json").unlink()
+    said = demo(out)
+    assert "classify, jpeg_20" in said and "pretrain, recipe" not in said and "draw scenes" not in said
+    assert (out / "report.html").is_file()
+    assert (out / "codec" / "model.safetensors").read_bytes() == pretrained
+
+
+def test_step__interrupted_work_is_timed_and_done_again(tmp_path: Path):
+    timings = Timings(tmp_path / "out" / "timings.json", Console(file=io.StringIO()))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        timings.step("work", tmp_path / "result", interrupted)
+    assert "work" in Timings(timings.path, timings.console).seconds
+    timings.step("work", tmp_path / "result", (tmp_path / "result").touch)
+    timings.step("work", tmp_path / "result", interrupted)  # there already: not run
+
+
+def test_step__work_that_was_told_to_stop_does_not_go_on_to_the_next(tmp_path: Path):
+    timings = Timings(tmp_path / "timings.json", Console(file=io.StringIO()))
+    with pytest.raises(TaskError, match="work was stopped"):
+        timings.step("work", tmp_path / "result", lambda: None)

@@ -1,0 +1,73 @@
+"""Whole runs on images whose class is their colour."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cluster.metrics import read_rows
+from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
+from downstream.errors import TaskError
+from downstream.finetune import evaluate_run, resolve, run
+
+Options = list[str]
+
+
+def test_run__learns_from_streams(finetuned: Path):
+    results = json.loads((finetuned / "results.json").read_text())
+    assert results["top1"] > 0.6  # chance is a third
+    assert results["top5"] == 1
+    assert results["classes"] == ["red", "green", "blue"]
+
+
+@pytest.mark.parametrize("extra", [["probe=true"], ["input=pixels", "anchor=jpeg:20"]], ids=["probe", "jpeg"])
+def test_run__learns_in_every_mode(extra: Options, codec_folder: Path, colours: Path, tmp_path: Path, options):
+    results = run(resolve("classification", options(codec_folder, colours, tmp_path / "run", *extra)))
+    assert results["top1"] > 0.6
+
+
+def test_run__two_workers_see_each_sample_once(codec_folder: Path, colours: Path, tmp_path: Path, options):
+    """Plain torch DDP; the validation images of both ranks add up to the split."""
+    results = run(resolve("classification", options(codec_folder, colours, tmp_path / "run", "workers=2")))
+    assert results["images"] == 18
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 3 * 48 // 12
+
+
+def test_run__complete_run_is_left_alone_and_other_options_are_refused(
+    codec_folder: Path, colours: Path, finetuned: Path, options
+):
+    before = (finetuned / "metrics.jsonl").read_bytes()
+    run(resolve("classification", options(codec_folder, colours, finetuned)))
+    assert (finetuned / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(TaskError, match=r"lr: 0.02 there, 0.5 here"):
+        run(resolve("classification", options(codec_folder, colours, finetuned, "lr=0.5")))
+
+
+def test_run__an_image_without_a_label_is_named(codec_folder: Path, colours: Path, tmp_path: Path, options):
+    data = shutil.copytree(colours, tmp_path / "data")
+    manifest = Manifest.load(data)
+    reader = ShardReader(colours, manifest.split("train"))
+    with ShardWriter(data, "train") as writer:
+        for number in range(len(reader)):
+            label = {} if number == 7 else {"label": number % 3}
+            writer.write({"__key__": str(number), "png": reader.read(number)["png"], "json": label})
+    Manifest("gap", manifest.classes, {**manifest.splits, "train": Split(tuple(writer.shards))}).save(data)
+    with pytest.raises(TaskError, match="image 7 has no label"):
+        run(resolve("classification", options(codec_folder, data, tmp_path / "run")))
+
+
+def test_evaluate__unfinished_run_is_refused_and_gets_no_results(finetuned: Path, tmp_path: Path):
+    """Results of half a run would make the next `dicm finetune` take it for complete."""
+    folder = shutil.copytree(finetuned, tmp_path / "run")
+    (folder / "results.json").unlink()
+    with pytest.raises(TaskError, match="not complete"):
+        evaluate_run(folder)
+    assert not (folder / "results.json").exists()
+
+
+def test_evaluate__folder_that_is_no_run(tmp_path: Path):
+    with pytest.raises(TaskError, match=r"not a run folder"):
+        evaluate_run(tmp_path)
