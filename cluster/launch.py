@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ from cluster.runtime import Runtime, on_sigterm, threads_per_worker  # noqa: E40
 C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
 MESSAGE_POLL_SECONDS = 0.5
+CONNECT_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -115,17 +117,16 @@ def _worker(options: dict[str, Any]) -> None:
 
 def _cause(error: Exception, run_dir: str) -> Exception:
     """What to raise in the driver: our own error, a lost worker, or the first worker's traceback."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    raised = {rank: getattr(failure, "_base_exc", None) for rank, failure in sorted(failures.items())}
-    for own in raised.values():
-        if isinstance(own, Exception) and is_ours(own):
-            return own
+    failures: dict[int, Exception] = dict(sorted(getattr(error, "worker_failures", {}).items()))
+    for failure in failures.values():
+        if is_ours(failure):
+            return failure
     again = "run the same command again to go on from the newest checkpoint"
-    lost = [rank for rank, exception in raised.items() if exception is None]
-    if lost:
-        return RunError(f"run={run_dir}: worker {lost[0]} was lost ({_reason(failures[lost[0]])}); {again}")
-    for rank, failure in sorted(failures.items()):
-        return RuntimeError(f"worker {rank} failed:\n\n{failure}")
+    for rank, failure in failures.items():
+        if type(failure).__module__.partition(".")[0] == "ray":  # of the process, not of what ran in it
+            return RunError(f"run={run_dir}: worker {rank} was lost ({_reason(failure)}); {again}")
+    if failures:
+        return RuntimeError(f"worker {next(iter(failures))} failed:\n\n{error}")
     return RunError(f"run={run_dir}: Ray Train could not go on ({_reason(error)}); {again}")
 
 
@@ -161,12 +162,18 @@ def _connected_ray(workers: int) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        address = None
+    if address:
+        _check_address(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address:
             ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": _import_path()}}, **quiet)
         else:
+            # No one drains a Ray that ends with this call; the watcher would be one more process to start.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             with _environment("PYTHONPATH", _import_path()):
                 ray.init(
                     "local",
@@ -177,10 +184,7 @@ def _connected_ray(workers: int) -> Iterator[None]:
                 )
     except Exception as error:  # Ray raises bare ones here, for a start that took too long among others
         if address:
-            raise RunError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers ({_first_line(error)}); start one, or unset "
-                "RAY_ADDRESS to run on this machine"
-            ) from error
+            raise _no_cluster(address, error) from error
         raise RunError(
             f"Ray could not be started on this machine ({_first_line(error)}); use launcher=local to run without it"
         ) from error
@@ -188,6 +192,23 @@ def _connected_ray(workers: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """RunError where nothing listens at HOST:PORT; Ray itself tries for minutes and then ends the process."""
+    host, _, port = address.rpartition(":")
+    if "/" not in host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> RunError:
+    return RunError(
+        f"RAY_ADDRESS={address}: no Ray cluster answers ({_first_line(error)}); start one, or unset RAY_ADDRESS to "
+        "run on this machine"
+    )
 
 
 @contextmanager

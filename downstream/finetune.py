@@ -272,7 +272,7 @@ class Finetuner:
             optimizer.step()
             self.step = step
             if step % 50 == 0:
-                self._log({"loss": float(loss)})
+                self._log({"loss": float(loss.detach())})
 
     @torch.no_grad()
     def _embed(self, split: str) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,12 @@ class FrozenCodec:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """f3 (N, C1, S/4, S/4) of images (N, 3, S, S) uint8: what a stream would give, without making it."""
-        return self.codec.features(normalize(images.to(self.device).float().div(255)))
+        """f3 (N, C1, S/4, S/4) of images (N, 3, S, S) uint8: what a stream would give, without making it.
+
+        In float32 under any autocast: in bf16 a share of the latents would round to the neighbouring symbol.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            return self.codec.features(normalize(images.to(self.device).float().div(255)))
 
     def through_streams(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f3 decoded from real streams, bytes (N,) of these, and bytes (N,) of their payloads alone."""

@@ -98,6 +98,11 @@ class PretrainConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
         _image_size("image_size", self.image_size)
+        if self.activation_checkpointing and self.workers > 1:
+            # fairscale's wrapper recomputes inside backward, and DDP then counts a block's gradients twice.
+            raise ConfigError(
+                f"activation_checkpointing=true does not work with workers={self.workers} yet; use one worker or turn it off"
+            )
         if not self.stages:
             raise ConfigError("stages is empty; choose a recipe that names at least one stage")
         names = [stage.name for stage in self.stages]

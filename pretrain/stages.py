@@ -55,11 +55,10 @@ class Stage:
         if config.compile:
             objective.compile()
         self.module = objective
-        self.objective: nn.Module = (
-            DistributedDataParallel(objective, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
-            if self.distributed
-            else objective
-        )
+        self.objective: nn.Module = objective
+        if self.distributed:
+            device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(objective, device_ids=device_ids)
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         self.optimizer = create_optimizer(stage, self.parameters, config.shard_optimizer and self.distributed)
         self.scheduler = CosineLRScheduler(

@@ -93,6 +93,7 @@ class Trainer:
         self.stage: Stage | None = None
         self.store = CheckpointStore(self.run / "checkpoints", keep=config.keep_checkpoints)
         self.optimizer_state = self._restore()
+        self.saved_step = self.progress.step
         self.logger = MetricsLogger(self.run, rank=runtime.rank, step=self.progress.step)
         self.total_steps = total_steps(config, self.dataset_size)
 
@@ -215,11 +216,12 @@ class Trainer:
         return stage
 
     def _save(self, stage: Stage) -> None:
-        if self.store.newest() != self.progress.step:
+        if self.saved_step != self.progress.step:
             if hasattr(stage.optimizer, "consolidate_state_dict"):
                 stage.optimizer.consolidate_state_dict()  # OSS: every rank sends its share to rank 0
             if self.runtime.rank == 0:
                 self.store.save(self.progress.step, self._state(stage))
+            self.saved_step = self.progress.step
         self.runtime.barrier()
         self.runtime.report({"step": self.progress.step})
         self.meter.restart()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).parent.parent
 NARROW = [
@@ -21,6 +22,10 @@ SHORT = ["stages.ssl.batch_size=16", "stages.redundancy.batch_size=16", "stages.
          "stages.codec.batch_size=16", "stages.ssl.epochs=1", "stages.redundancy.epochs=0.5",
          "stages.joint.epochs=0.5", "stages.codec.epochs=0.5", "knn_samples=32", "log_every=1"]  # fmt: skip
 
+
+# Speed is not what property tests are about; machines are shared.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 # Read when OpenMP starts: waiting threads give their core away, and several test processes share two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -61,7 +61,7 @@ def rate_accuracy_svg(results: list[dict[str, Any]]) -> str:
 
 def training_svg(rows: list[dict[str, Any]], key: str, label: str) -> str:
     """A metric of a run over its steps, one colour a stage, as SVG."""
-    figure, axes = _axes("step", label, height=2.6)
+    figure, axes = _axes("step", label, height=2.4)
     stages = list(dict.fromkeys(row["stage"] for row in rows if key in row and "stage" in row))
     for stage, colour in zip(stages, [*SERIES.values()] * 2, strict=False):
         chosen = [row for row in rows if row.get("stage") == stage and row.get(key) is not None]
@@ -86,8 +86,8 @@ def series_of(row: dict[str, Any]) -> str:
     return row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels"
 
 
-def _axes(x_label: str, y_label: str, height: float = 3.8) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7.2, height), layout="constrained")
+def _axes(x_label: str, y_label: str, height: float = 3.4) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(5.8, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)

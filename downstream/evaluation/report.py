@@ -127,8 +127,9 @@ class Report:
         figures = [
             _figure(
                 _image(path.read_bytes()),
-                f"Step {int(path.stem.removeprefix('guidance_'))}. Above: images with the two crops that were drawn. "
-                "Below: the momentum encoder's heatmap and its box, in which crops are centred.",
+                f"Step {int(path.stem.removeprefix('guidance_'))}. Above: images with the box (white) and the "
+                "two crops that were drawn (green, magenta). Below: the momentum encoder's heatmap, in which red is "
+                "most active, and the box in which crops are centred.",
             )
             for path in shown
         ]

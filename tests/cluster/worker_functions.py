@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -49,6 +50,7 @@ def write_facts(runtime: Runtime, options: Options) -> None:
     }
     runtime.barrier()
     runtime.report({"step": 1})
+    logging.getLogger("cluster.checkpoint").warning("checkpoint %s: damaged; passed over", options.folder)
     Path(options.folder, f"{runtime.rank}.json").write_text(json.dumps(facts))
 
 

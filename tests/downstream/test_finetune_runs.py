@@ -29,6 +29,7 @@ def test_run__learns_in_every_mode(extra: Options, codec_folder: Path, colours: 
     assert results["top1"] > 0.6
 
 
+@pytest.mark.slow
 def test_run__two_workers_see_each_sample_once(codec_folder: Path, colours: Path, tmp_path: Path, options):
     """Plain torch DDP; the validation images of both ranks add up to the split."""
     results = run(resolve("classification", options(codec_folder, colours, tmp_path / "run", "workers=2")))

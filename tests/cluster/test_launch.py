@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions by name
+
+from worker_functions import (
+    Options,
+    die,
+    facts_of,
+    fail_with_our_error,
+    step_until_told,
+    write_facts,
+)
+
+from cluster.errors import CheckpointError, RunError
+from cluster.runtime import run
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def _ray() -> Iterator[None]:
+    """The embedded Ray of `launch`, kept over the tests that share it."""
+    from cluster.launch import _connected_ray
+
+    with _connected_ray(2):
+        yield
+
+
+def on_ray(function, folder: Path) -> None:
+    run(function, Options(str(folder)), workers=2, launcher="ray", run_dir=str(folder))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere.invalid:6379"])
+def test_launch__no_cluster_at_ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RunError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers.*unset RAY_ADDRESS"):
+        on_ray(write_facts, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cause__a_bug_in_a_worker_keeps_its_traceback():
+    from ray.train import WorkerGroupError
+
+    from cluster.launch import _cause
+
+    text = "[Rank 1 Error Snippet]:\nTraceback (most recent call last):\n  File x, line 1\nKeyError: 'no such key'"
+    cause = _cause(WorkerGroupError(text, {1: KeyError("no such key")}), "runs/one")
+    assert type(cause) is RuntimeError  # no error of ours: not one line, but all there is to know
+    assert text in str(cause)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_launch__two_workers_reduce_gather_and_broadcast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    on_ray(write_facts, Path("."))  # a run folder relative to where the user stands
+    facts = facts_of(tmp_path, 2)
+    assert [(fact["rank"], fact["world"], fact["local_rank"]) for fact in facts] == [(0, 2, 0), (1, 2, 1)]
+    for fact in facts:
+        assert fact["mean"] == {"loss": 0.5, "step": 2.0**40 + 1}
+        assert fact["sum"] == 3.0
+        assert fact["gathered"] == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+        assert fact["broadcast"] == {"step": 7, "from": 0}
+        assert fact["directory"] == str(tmp_path)
+        if not torch.cuda.is_available():
+            assert fact["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+    # What both workers had to say reaches the user, once.
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["checkpoint .: damaged; passed over"]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_launch__our_error_in_a_worker_comes_back_as_it_was_raised(tmp_path: Path):
+    with pytest.raises(CheckpointError) as caught:
+        on_ray(fail_with_our_error, tmp_path)
+    assert str(caught.value) == f"{tmp_path}: a line for the user"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_launch__a_killed_worker_is_named_and_the_other_does_not_hang(tmp_path: Path):
+    with pytest.raises(
+        RunError, match=r"worker 1 was lost \(its process was killed.*run the same command again"
+    ) as caught:
+        on_ray(die, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_launch__sigterm_lets_every_worker_stop_at_the_same_step(tmp_path: Path):
+    def tell() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    on_ray(step_until_told, tmp_path)
+    assert len({(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)}) == 1
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_launch__ctrl_c_ends_the_workers_and_leaves_the_terminal_clean(tmp_path: Path):
+    program = (
+        "import sys\n"
+        "from worker_functions import Options, step_until_told\n"
+        "from cluster.runtime import run\n"
+        "try: run(step_until_told, Options(sys.argv[1]), workers=2, launcher='ray', run_dir=sys.argv[1])\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    worker = Path("/proc", (tmp_path / "pids").read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120) == ("interrupted\n", "")
+    end = time.monotonic() + 20
+    while worker.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
