@@ -101,7 +101,8 @@ class PretrainConfig:
         if self.activation_checkpointing and self.workers > 1:
             # fairscale's wrapper recomputes inside backward, and DDP then counts a block's gradients twice.
             raise ConfigError(
-                f"activation_checkpointing=true does not work with workers={self.workers} yet; use one worker or turn it off"
+                f"activation_checkpointing=true does not work with workers={self.workers} yet; "
+                "use one worker or turn it off"
             )
         if not self.stages:
             raise ConfigError("stages is empty; choose a recipe that names at least one stage")
