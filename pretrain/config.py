@@ -98,11 +98,11 @@ class PretrainConfig:
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
         _image_size("image_size", self.image_size)
-        if self.activation_checkpointing and self.workers > 1:
-            # fairscale's wrapper recomputes inside backward, and DDP then counts a block's gradients twice.
+        if self.activation_checkpointing and self.workers > 1 and self.accumulate > 1:
+            # DDP learns its static graph (see Stage) in the first backward pass, which cannot be a partial one.
             raise ConfigError(
-                f"activation_checkpointing=true does not work with workers={self.workers} yet; "
-                "use one worker or turn it off"
+                f"activation_checkpointing=true with accumulate={self.accumulate} works with one worker alone, this is "
+                f"workers={self.workers}; set accumulate=1: recomputation already saves what micro-batches would"
             )
         if not self.stages:
             raise ConfigError("stages is empty; choose a recipe that names at least one stage")

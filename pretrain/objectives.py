@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.codec.backbone import Backbone
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import StageConfig
 from pretrain.ssl.methods import Method
@@ -46,6 +47,25 @@ def mse_distance(output: Tensor, target: Tensor, relative: bool) -> Tensor:
     return distance / target.float().square().mean().clamp_min(1e-12) if relative else distance
 
 
+def tail_distances(
+    backbone: Backbone, features: Tensor, target: Tensor, stage: StageConfig
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """Fidelity where tasks read: `sum_k stage.features[k] * MSE(layer k)` of the tail over `features` and `target`.
+
+    Returns the sum and the distances by layer; 0 and none, without running the tail, where all weights are 0.
+    """
+    if not any(stage.features):
+        return 0.0, {}
+    with torch.no_grad():
+        targets = backbone.tail(target)
+    distances = [
+        mse_distance(output, wanted, stage.relative)
+        for output, wanted in zip(backbone.tail(features), targets, strict=True)
+    ]
+    total = torch.stack([weight * distance for weight, distance in zip(stage.features, distances, strict=True)]).sum()
+    return total, {f"layer{k}": distance.detach() for k, distance in enumerate(distances, start=2)}
+
+
 class ContrastObjective(nn.Module):
     """Stages `ssl` and `joint`: the contrastive loss, with RE in the path its rate and L1(f1, f2) as well."""
 
@@ -69,7 +89,7 @@ class ContrastObjective(nn.Module):
 
 
 class RedundancyObjective(nn.Module):
-    """Stage `redundancy`: RE learns to keep f1 under a rate; the backbone before it is frozen."""
+    """Stage `redundancy`: RE learns to keep f1 under a rate; the backbone around it is frozen."""
 
     def __init__(self, codec: FeatureCodec, stage: StageConfig):
         super().__init__()
@@ -78,13 +98,15 @@ class RedundancyObjective(nn.Module):
         self.stage = stage
 
     def forward(self, view: Tensor, rate_weight: Tensor) -> Losses:
+        (backbone,) = self.frozen
         with torch.no_grad():
-            f1 = self.frozen[0].head(view)
+            f1 = backbone.head(view)
         f2, likelihoods = self.redundancy(f1)
         bpp = bits_per_pixel([likelihoods], view)
         distortion = l1_distance(f2, f1, self.stage.relative)
         total = rate_weight * bpp + self.stage.distortion * distortion
-        return Losses(total, {"bpp": bpp.detach(), "distortion": distortion.detach()})
+        fidelity, parts = tail_distances(backbone, f2, f1, self.stage)
+        return Losses(total + fidelity, {"bpp": bpp.detach(), "distortion": distortion.detach(), **parts})
 
 
 class CompressionObjective(nn.Module):
@@ -107,15 +129,5 @@ class CompressionObjective(nn.Module):
         bpp = bits_per_pixel(list(likelihoods.values()), view)
         distortion = mse_distance(f3, f2, self.stage.relative)
         total = rate_weight * bpp + self.stage.distortion * distortion
-        parts = {"bpp": bpp.detach(), "distortion": distortion.detach()}
-        if any(self.stage.features):
-            with torch.no_grad():
-                targets = codec.backbone.tail(f2)
-            outputs = codec.backbone.tail(f3)
-            for layer, weight, output, target in zip(
-                ("layer2", "layer3", "layer4"), self.stage.features, outputs, targets, strict=True
-            ):
-                distance = mse_distance(output, target, self.stage.relative)
-                total = total + weight * distance
-                parts[layer] = distance.detach()
-        return Losses(total, parts)
+        fidelity, parts = tail_distances(codec.backbone, f3, f2, self.stage)
+        return Losses(total + fidelity, {"bpp": bpp.detach(), "distortion": distortion.detach(), **parts})

@@ -56,11 +56,21 @@ class Stage:
             objective.compile()
         self.module = objective
         self.objective: nn.Module = objective
-        if self.distributed:
-            device_ids = [runtime.device] if runtime.device.type == "cuda" else None
-            self.objective = DistributedDataParallel(objective, device_ids=device_ids)
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        # Before DDP: OSS moves parameters into flat buffers, and DDP must see the strides that they keep.
         self.optimizer = create_optimizer(stage, self.parameters, config.shard_optimizer and self.distributed)
+        if self.distributed:
+            if self.contrastive:
+                names = [f"method.{name}" for name in method.replicated_buffers]
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, names)
+            device_ids = [runtime.device] if runtime.device.type == "cuda" else None
+            self.objective = DistributedDataParallel(
+                objective,
+                device_ids=device_ids,
+                # Recomputation runs a backward pass inside the backward pass, once a view, and a parameter's gradient
+                # is then ready twice; DDP counts that right only where it may learn the graph from the first step.
+                static_graph=config.activation_checkpointing,
+            )
         self.scheduler = CosineLRScheduler(
             self.optimizer,
             t_initial=self.num_steps,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,22 +61,25 @@ def test_run__each_stage_changes_only_what_it_trains(scenes: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_run__killed_at_any_moment_continues_bit_for_bit(scenes: Path, tmp_path: Path):
     """SIGKILL twice, at moments of no importance; losses of the whole run equal those of an uninterrupted one."""
-    options = ["checkpoint_every=2", "seed=7"]
-    whole = run(small_run(scenes, tmp_path / "whole", *options))
-    command = [sys.executable, "-m", "dicm", "pretrain", "small", f"data={scenes}", f"run={tmp_path / 'killed'}",
-               "launcher=local", "workers=1", *NARROW, *SHORT, *options]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "dicm", "pretrain", "small", f"data={scenes}", f"run={folder}",
+                   "launcher=local", "workers=1", *NARROW, *SHORT, "checkpoint_every=2", "seed=7"]  # fmt: skip
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for lines in (3, 6):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(tmp_path / "killed")
         while process.poll() is None:
             if metrics.is_file() and len(metrics.read_text().splitlines()) >= lines:
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.05)
         assert process.wait() == -signal.SIGKILL
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert losses(tmp_path / "killed") == losses(whole)
+    assert start(tmp_path / "killed").wait() == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("method", ["simsiam", "byol", "simclr"])
@@ -118,6 +122,33 @@ def test_run__recomputed_activations_change_no_loss(scenes: Path, tmp_path: Path
     plain = first_stage_losses(scenes, tmp_path / "plain")
     recomputed = first_stage_losses(scenes, tmp_path / "recomputed", "activation_checkpointing=true")
     assert recomputed == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_run__sharded_optimizer_and_recomputation_change_no_loss_of_two_workers(scenes: Path, tmp_path: Path):
+    """fairscale's OSS and checkpoint_wrapper, step by step against plain DDP."""
+    plain = first_stage_losses(scenes, tmp_path / "plain", "workers=2")
+    for option in ("shard_optimizer=true", "activation_checkpointing=true"):
+        changed = first_stage_losses(scenes, tmp_path / option, "workers=2", option)
+        assert changed == pytest.approx(plain, rel=1e-5), option
+
+
+@pytest.mark.slow
+def test_run__sharded_state_goes_on_with_any_number_of_workers(scenes: Path, tmp_path: Path):
+    """A run of OSS on two workers loses its last checkpoint and goes on from the one before, with two and with one."""
+    options = ["precision=fp32", "knn_samples=0", "only=[redundancy]", "stages.redundancy.epochs=1",
+               "checkpoint_every=2", "keep_checkpoints=9"]  # fmt: skip
+
+    def run_on(workers: int) -> list[float]:
+        sharded = "shard_optimizer=true"
+        return list(losses(run(small_run(scenes, tmp_path, *options, sharded, f"workers={workers}"))).values())
+
+    whole = run_on(2)
+    for workers, tolerance in ((2, 1e-5), (1, 0.05)):  # one worker sees the same images, under other noise
+        shutil.rmtree(tmp_path / "checkpoints" / "step_00000003")
+        again = run_on(workers)
+        assert len(again) == len(whole) == 3
+        assert again == pytest.approx(whole, rel=tolerance)
 
 
 def test_run__micro_batches_see_all_images(scenes: Path, tmp_path: Path):
