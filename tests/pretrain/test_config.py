@@ -59,7 +59,7 @@ def test_resolve__bad_values_are_named_with_the_remedy(override: str, words: lis
 def test_resolve__recomputation_in_micro_batches_of_several_workers_is_refused():
     options = ["activation_checkpointing=true", "accumulate=2"]
     assert resolve("small", [*DATA, *options, "workers=1"]).accumulate == 2
-    with pytest.raises(ValueError, match="accumulate=2.*workers=2.*set accumulate=1"):
+    with pytest.raises(ValueError, match=r"accumulate=2.*workers=2.*set accumulate=1"):
         resolve("small", [*DATA, *options, "workers=2"])
 
 
