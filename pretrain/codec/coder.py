@@ -210,7 +210,7 @@ class StreamCoder:
         y2_symbols: Tensor,
     ) -> Prediction:
         """Fill y2_symbols (N, C, H, W), anchors first; returns the prediction that their means are added to."""
-        anchors = anchor_mask(*y2_symbols.shape[-2:], y2_symbols.device).expand(y2_symbols[0].shape)
+        anchors = anchor_mask(y2_symbols).expand(y2_symbols[0].shape)
         parts = [[symbols] for symbols in z_symbols]
         predicted = first
         for places in (anchors, ~anchors):
@@ -234,7 +234,7 @@ class StreamCoder:
             if self.context is None:
                 parts = [(self.tables.y2, symbols.flatten(), chosen.flatten())]
             else:
-                anchors = anchor_mask(*symbols.shape[-2:], symbols.device).expand(symbols.shape)
+                anchors = anchor_mask(symbols).expand(symbols.shape)
                 parts = [(self.tables.y2, symbols[places], chosen[places]) for places in (anchors, ~anchors)]
             if number == 0:
                 parts.insert(0, (self.tables.z, z_symbols.flatten(), self._z_indexes(z_symbols)))

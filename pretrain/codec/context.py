@@ -18,9 +18,10 @@ from pretrain.codec.config import CodecConfig
 from pretrain.codec.hyperprior import ViTBlock
 
 
-def anchor_mask(height: int, width: int, device: torch.device) -> Tensor:
-    """(height, width) bool: the places that are coded first."""
-    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+def anchor_mask(latents: Tensor) -> Tensor:
+    """(H, W) bool on the device of latents (..., H, W): the places that are coded first."""
+    height, width = latents.shape[-2:]
+    rows, columns = (torch.arange(side, device=latents.device) for side in (height, width))
     return (rows[:, None] + columns) % 2 == 0
 
 
@@ -35,12 +36,12 @@ class CheckerboardContext(nn.Module):
         )
         self.head = nn.Conv2d(dim, 2 * latent, 1)
         # Training starts from the hyperprior's own prediction.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, y2_hat: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Means and scales of all places, the anchors' as given; of `y2_hat`, anchors alone are looked at."""
-        anchors = anchor_mask(*y2_hat.shape[-2:], y2_hat.device)
+        anchors = anchor_mask(y2_hat)
         seen = torch.cat([y2_hat * anchors, means, scales], dim=1)
         mean_shift, scale_shift = self.head(self.body(seen)).chunk(2, dim=1)
         return torch.where(anchors, means, means + mean_shift), torch.where(anchors, scales, scales + scale_shift)

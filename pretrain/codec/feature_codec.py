@@ -192,7 +192,7 @@ class FeatureCodec(nn.Module):
         if tile is not None:
             check_tile(tile)
         level = self._rate_level(rate)
-        coder = self._ready()
+        coder, (height, width) = self._ready(), images.shape[-2:]
         streams: list[bytes] = []
         with self._coding():
             # One image at a time: in a batch, convolutions sum in another order, and a value that lies between two
@@ -202,7 +202,7 @@ class FeatureCodec(nn.Module):
 
                 def stream_at(level: int | None, latents: tuple[Tensor, Tensor] = latents) -> bytes:
                     y2, z = latents
-                    return coder.encode(z, y2, *images.shape[-2:], level)[0]
+                    return coder.encode(z, y2, height, width, level)[0]
 
                 streams.append(stream_at(level) if max_bytes is None else fit(stream_at, level, max_bytes))
         return streams

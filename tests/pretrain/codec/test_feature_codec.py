@@ -514,7 +514,7 @@ def test_checkerboard__symbols_and_layers(checkered: FeatureCodec):
 def test_checkerboard__anchors_alone_are_seen(checkered: FeatureCodec):
     """What is predicted does not change with values that the reader does not have yet."""
     means, scales, y2_hat = torch.rand(3, 1, NARROW.latent_channels, 8, 8)
-    other = torch.where(anchor_mask(8, 8, y2_hat.device), y2_hat, torch.rand_like(y2_hat))
+    other = torch.where(anchor_mask(y2_hat), y2_hat, torch.rand_like(y2_hat))
     assert checkered.context is not None
     first, second = checkered.context(y2_hat, means, scales), checkered.context(other, means, scales)
     assert torch.equal(first[0], second[0])
