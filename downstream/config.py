@@ -22,6 +22,7 @@ class FinetuneConfig:
     task: str = "classification"
     input: str = "streams"  # or pixels: the same network on decoded pixels, to compare with
     anchor: str | None = None  # input=pixels: FORMAT:QUALITY, for example jpeg:30; none: pixels as they are
+    rate: float | None = None  # input=streams: 0..1, of a codec with a range of rates; none: its best
     probe: bool = False  # train the linear head alone
 
     image_size: int | None = None  # pixels; that of the codec's pretraining where not given
@@ -64,6 +65,8 @@ class FinetuneConfig:
         for key in ("image_size", "canvas_size"):
             if (value := getattr(self, key)) is not None and value < 32:
                 raise TaskError(f"{key}={value} is impossible; it must be at least 32, the backbone's stride")
+        if self.rate is not None and not (0 <= self.rate <= 1 and self.input == "streams"):
+            raise TaskError(f"rate={self.rate:g} with input={self.input} is impossible; it lies in 0..1, for streams")
         if self.anchor == "none":  # YAML reads only `null` as nothing
             self.anchor = None
         if self.anchor is not None and self.input != "pixels":

@@ -1,10 +1,10 @@
 """The demo: the whole path on made-up scenes, on two cores without a GPU, ending with a report.
 
     OUT/
-      scenes/                      the data set
-      runs/pretrain, runs/low      pretraining; the compression network again under a heavier weight of the rate
-      codec, codec_low             the two exported codecs
-      runs/...                     classification on both, and on pixels decoded from JPEG
+      scenes/             the data set
+      runs/pretrain       pretraining
+      codec               the exported codec
+      runs/...            classification on its streams at several rates, and on pixels decoded from JPEG
       report.html
 
 Every step leaves its result on disk and is passed over when it is there, so a demo that was stopped goes on.
@@ -30,6 +30,7 @@ from pretrain.run import resolve, run
 TRAIN, VAL, SIZE, SEED = 2000, 400, 64, 0
 WORKERS = 2
 MINUTES = 9
+RATES = (0.0, 0.5, 1.0)
 JPEG_QUALITIES = (1, 20)
 
 
@@ -54,31 +55,25 @@ def run_demo(
         "Stopped, it goes on where it was."
     )
     timings = Timings(out / "timings.json", console)
-    data, codecs = out / "scenes", {"codec": out / "codec", "codec_low": out / "codec_low"}
+    data, folder, codec = out / "scenes", out / "runs" / "pretrain", out / "codec"
     commands = [f"dicm data scenes {data} --train {train} --val {val} --size {SIZE}"]
     timings.step("draw scenes", data, lambda: write_scenes(data, train=train, val=val, size=SIZE, seed=SEED))
 
-    for recipe, name, options in (
-        ("demo", "codec", []),
-        ("demo_low_rate", "codec_low", [f"init={codecs['codec']}"]),
-    ):
-        folder = out / "runs" / ("pretrain" if name == "codec" else "low")
-        overrides = [f"data={data}", f"run={folder}", f"workers={WORKERS}", *options, *pretraining]
-        commands += [f"dicm pretrain {recipe} {' '.join(overrides)}", f"dicm export {folder} {codecs[name]}"]
-        config = resolve(recipe, overrides)
-        timings.step(f"pretrain, recipe {recipe}", folder / "summary.json", partial(run, config))
-        timings.step(f"export {name}", codecs[name] / "README.md", partial(export, folder, codecs[name]))
+    overrides = [f"data={data}", f"run={folder}", f"workers={WORKERS}", *pretraining]
+    commands += [f"dicm pretrain demo {' '.join(overrides)}", f"dicm export {folder} {codec}"]
+    timings.step("pretrain", folder / "summary.json", partial(run, resolve("demo", overrides)))
+    timings.step("export", codec / "README.md", partial(export, folder, codec))
 
     inputs = {
-        "streams": [f"codec={codecs['codec']}"],
-        "streams_low": [f"codec={codecs['codec_low']}"],
-        **{f"jpeg_{q}": [f"codec={codecs['codec']}", "input=pixels", f"anchor=jpeg:{q}"] for q in JPEG_QUALITIES},
+        **{f"rate_{rate:g}": [f"rate={rate:g}"] for rate in RATES},
+        **{f"jpeg_{quality}": ["input=pixels", f"anchor=jpeg:{quality}"] for quality in JPEG_QUALITIES},
     }
     results = []
     for name, options in inputs.items():
         folder = out / "runs" / name
         # In this process: starting Ray would take longer than the training.
         overrides = [
+            f"codec={codec}",
             *options,
             f"data={data}",
             f"run={folder}",
@@ -96,14 +91,14 @@ def run_demo(
         "dicm demo: made-up scenes",
         results,
         out / "runs" / "pretrain",
-        list(codecs.values()),
+        [codec],
         data,
         timings.seconds,
         commands,
     )
     pages.write(report)
     for row in results:
-        name = row["anchor"] or Path(row["codec"]).name
+        name = row["anchor"] or f"rate {row['rate']:g}"
         console.print(f"  {name:<10} {row['bpp']:.3f} bpp  {100 * row['top1']:.1f} % top-1", highlight=False)
     console.print(f"report: [bold]{report}[/]")
     return report

@@ -136,9 +136,11 @@ class Finetuner:
             self.device, memory_format=torch.channels_last
         )  # type: ignore[call-overload]
         anchor = Anchor.parse(config.anchor) if config.anchor else None
-        self.input = (
-            FrozenCodec(codec, self.device) if config.input == "streams" else PixelInput(codec, anchor, self.device)
-        )
+        self.input: FrozenCodec | PixelInput
+        if config.input == "streams":
+            self.input = FrozenCodec(codec, self.device, config.rate)
+        else:
+            self.input = PixelInput(codec, anchor, self.device)
         self.num_steps = num_steps(config, self.manifest.split("train").num_samples)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.SGD(
@@ -323,7 +325,9 @@ class Finetuner:
     def _write_results(self, measured: dict[str, float]) -> None:
         if self.runtime.rank == 0:
             facts = {
-                key: value for key, value in asdict(self.config).items() if key in ("task", "codec", "data", "input")
+                key: value
+                for key, value in asdict(self.config).items()
+                if key in ("task", "codec", "data", "input", "rate")
             }
             results = {
                 **facts,

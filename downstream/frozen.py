@@ -20,10 +20,11 @@ class FrozenCodec:
     Args:
         codec: in eval mode, as `FeatureCodec.from_pretrained` gives it.
         device: where its networks run.
+        rate: 0..1, of a codec with a range of rates; None is its best.
     """
 
-    def __init__(self, codec: FeatureCodec, device: torch.device):
-        self.codec, self.device = codec.to(device).eval().requires_grad_(False), device
+    def __init__(self, codec: FeatureCodec, device: torch.device, rate: float | None = None):
+        self.codec, self.device, self.rate = codec.to(device).eval().requires_grad_(False), device, rate
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -32,11 +33,11 @@ class FrozenCodec:
         In float32 under any autocast: in bf16 a share of the latents would round to the neighbouring symbol.
         """
         with torch.autocast(self.device.type, enabled=False):
-            return self.codec.features(normalize(images.to(self.device).float().div(255)))
+            return self.codec.features(normalize(images.to(self.device).float().div(255)), self.rate)
 
     def through_streams(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f3 decoded from real streams, bytes (N,) of these, and bytes (N,) of their payloads alone."""
-        streams = self.codec.encode_batch(images.to(self.device))
+        streams = self.codec.encode_batch(images.to(self.device), self.rate)
         payloads = [sum(self.codec.describe(stream).layers.values()) for stream in streams]
         return self.codec.decode_batch(streams), torch.tensor([len(s) for s in streams]), torch.tensor(payloads)
 

@@ -40,6 +40,7 @@ class StageConfig:
     distortion: float = 0.0
     features: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # layer2, layer3, layer4
     relative: bool = False  # divide each distortion by the mean magnitude (L1) or square (MSE) of its target
+    rates: list[float] = field(default_factory=list)  # rate weights at codec.rate_points rates, instead of `rate`
     target_bpp: float | None = None  # the rate weight follows by dual ascent until bpp holds this value
     dual_rate: float = 0.02  # step size of that ascent, on the weight's logarithm
     optimizer: str = "sgd"
@@ -143,6 +144,17 @@ def _validate_stage(stage: StageConfig, config: PretrainConfig) -> None:
         )
     if len(stage.features) != 3:
         raise ConfigError(f"{key}.features={stage.features} needs three weights: layer2, layer3, layer4")
+    points = config.codec.rate_points
+    if "compression" in stage.trains and len(stage.rates) != (points if points > 1 else 0):
+        raise ConfigError(
+            f"{key}.rates={stage.rates} has {len(stage.rates)} weights for codec.rate_points={points}; "
+            "give one for each point, heaviest first, and none to a codec of one rate"
+        )
+    if stage.rates and (min(stage.rates) <= 0 or stage.target_bpp is not None or "compression" not in stage.trains):
+        raise ConfigError(
+            f"{key}.rates={stage.rates}: weights must be positive, and they are for the compression network alone and "
+            "exclude target_bpp"
+        )
     if stage.target_bpp is not None and (stage.target_bpp <= 0 or stage.rate <= 0):
         raise ConfigError(
             f"{key}.target_bpp={stage.target_bpp:g} needs a positive target and a positive rate weight to "

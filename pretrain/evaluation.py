@@ -82,13 +82,15 @@ def measure_knn(
     return {"knn": knn_accuracy(train_features, train_labels, val_features, val_labels)}
 
 
-def measure_streams(config: PretrainConfig, codec: FeatureCodec, split: str, limit: int = 256) -> dict[str, float]:
+def measure_streams(
+    config: PretrainConfig, codec: FeatureCodec, split: str, limit: int = 256, rate: float | None = None
+) -> dict[str, float]:
     """Mean size of real streams over the first `limit` images of `split`, in bits per pixel and bytes."""
     codec.eval()
     loader = eval_loader(config.data, split, canvas_size=config.canvas_size, batch_size=32, limit=limit)
     streams: list[bytes] = []
     for batch in loader:
-        streams += codec.encode_batch(center_images(batch.canvas, batch.aspect, config.image_size))
+        streams += codec.encode_batch(center_images(batch.canvas, batch.aspect, config.image_size), rate)
     num_bytes = sum(map(len, streams)) / len(streams)
     return {
         "bpp": num_bytes * 8 / config.image_size**2,
@@ -105,7 +107,12 @@ def write_summary(runtime: Runtime, config: PretrainConfig, codec: FeatureCodec,
         if any("compression" in stage.trains for stage in config.stages):
             splits = Manifest.load(config.data).splits
             split = "val" if "val" in splits else config.split
-            summary["streams"] = {"split": split, **measure_streams(config, codec.to("cpu"), split)}
+            codec = codec.to("cpu")
+            summary["streams"] = {"split": split, **measure_streams(config, codec, split)}
+            if config.codec.rate_points > 1:
+                rates = [step / 4 for step in range(5)]
+                bpp = {f"{rate:g}": measure_streams(config, codec, split, 64, rate)["bpp"] for rate in rates}
+                summary["streams"]["bpp_at_rate"] = bpp
         path = Path(config.run) / "summary.json"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(summary, indent=2) + "\n")

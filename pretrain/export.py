@@ -91,6 +91,8 @@ def model_card(name: str, config: PretrainConfig, facts: dict[str, Any]) -> str:
             f"| real streams, {streams['images']} {streams['split']} images of {streams['image_size']} px "
             f"| {streams['bpp']:.4f} bpp ({streams['bytes']:.0f} bytes an image) |"
         )
+        for rate, bpp in streams.get("bpp_at_rate", {}).items():
+            measured.append(f"| real streams at rate={rate} | {bpp:.4f} bpp |")
     if knn := facts.get("knn"):
         measured.append(f"| kNN accuracy of the frozen features | {100 * knn:.1f} % |")
     return f"""# {name}

@@ -9,24 +9,31 @@ from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError
 
 
+# Options of a codec that may differ from those of the one it starts from: what they add starts fresh.
+ADDED = {"pretrained", "rate_points", "context", "context_depth", "base_channels", "guard"}
+
+
 def create_codec(config: PretrainConfig) -> FeatureCodec:
     """A trainable codec of `config.codec`; with `config.init` its weights are those of that exported codec.
 
     Raises:
         CodecError: `init` is not a codec folder, or one of another configuration.
     """
+    codec = FeatureCodec(config.codec)
     if config.init is None:
-        return FeatureCodec(config.codec)
-    codec = FeatureCodec.from_pretrained(config.init)
-    different = [key for key, value in vars(config.codec).items() if getattr(codec.config, key) != value]
-    if different:
-        key = different[0]
-        raise CodecError(
-            f"init={config.init} has codec.{key}={getattr(codec.config, key)}, "
-            f"the recipe has {getattr(config.codec, key)}; "
-            f"start from a codec of the same configuration or set codec.{key} to its value"
-        )
-    return codec.requires_grad_(True)
+        return codec
+    start = FeatureCodec.from_pretrained(config.init)
+    wanted, found = vars(config.codec), vars(start.config)
+    for key in wanted.keys() - ADDED:
+        if wanted[key] != found[key]:
+            raise CodecError(
+                f"init={config.init} has codec.{key}={found[key]}, the recipe has {wanted[key]}; "
+                f"start from a codec of the same configuration or set codec.{key} to its value"
+            )
+    shapes = {name: tensor.shape for name, tensor in codec.state_dict().items()}
+    weights = {name: tensor for name, tensor in start.state_dict().items() if tensor.shape == shapes.get(name)}
+    codec.load_state_dict(weights, strict=False)
+    return codec
 
 
 def checkpoint_activations(codec: FeatureCodec) -> None:

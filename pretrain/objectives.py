@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.codec.backbone import Backbone
-from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.feature_codec import FeatureCodec, bits_per_image
 from pretrain.config import StageConfig
 from pretrain.ssl.methods import Method
 
@@ -109,15 +109,23 @@ class RedundancyObjective(nn.Module):
         return Losses(total + fidelity, {"bpp": bpp.detach(), "distortion": distortion.detach(), **parts})
 
 
+def compression_modules(codec: FeatureCodec) -> list[nn.Module]:
+    """The compression network: what is trained to code f2."""
+    optional = (codec.context, codec.y2_gain, codec.z_gain)
+    parts = [codec.g_a, codec.g_s, codec.h_a, codec.h_s, codec.entropy, *optional]
+    return [part for part in parts if part is not None]
+
+
 class CompressionObjective(nn.Module):
     """Stage `codec`: the compression network learns f2 -> f3 under the rate of y2 and z.
 
-    Fidelity is asked for where tasks read: MSE(f2, f3) and the same for the tail's layer2, layer3 and layer4.
+    Fidelity is asked for where tasks read: MSE(f2, f3) and the same for the tail's layer2, layer3 and layer4. For a
+    codec with a range of rates each image draws one of the trained rates, and its bits weigh what that rate's do.
     """
 
     def __init__(self, codec: FeatureCodec, stage: StageConfig):
         super().__init__()
-        self.transforms = nn.ModuleList([codec.g_a, codec.g_s, codec.h_a, codec.h_s, codec.entropy])
+        self.transforms = nn.ModuleList(compression_modules(codec))
         self.codec = (codec,)
         self.stage = stage
 
@@ -125,9 +133,17 @@ class CompressionObjective(nn.Module):
         (codec,) = self.codec
         with torch.no_grad():
             f2, _ = codec.redundancy(codec.backbone.head(view))
-        f3, likelihoods = codec.compress_features(f2)
-        bpp = bits_per_pixel(list(likelihoods.values()), view)
+        if self.stage.rates:
+            points = torch.randint(len(self.stage.rates), (len(view),), device=view.device)
+            weights = torch.tensor(self.stage.rates, device=view.device)[points]
+            f3, likelihoods = codec.compress_features(f2, points / (len(self.stage.rates) - 1))
+            bpp = bits_per_image(likelihoods.values()) / (view.shape[-1] * view.shape[-2])
+            rate, bpp = (weights * bpp).mean(), bpp.mean()
+        else:
+            f3, likelihoods = codec.compress_features(f2)
+            bpp = bits_per_pixel(list(likelihoods.values()), view)
+            rate = rate_weight * bpp
         distortion = mse_distance(f3, f2, self.stage.relative)
-        total = rate_weight * bpp + self.stage.distortion * distortion
+        total = rate + self.stage.distortion * distortion
         fidelity, parts = tail_distances(codec.backbone, f3, f2, self.stage)
         return Losses(total + fidelity, {"bpp": bpp.detach(), "distortion": distortion.detach(), **parts})

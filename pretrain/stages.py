@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.runtime import Runtime
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig, StageConfig
-from pretrain.objectives import CompressionObjective, ContrastObjective, RedundancyObjective
+from pretrain.objectives import CompressionObjective, ContrastObjective, RedundancyObjective, compression_modules
 from pretrain.ssl.methods import Method
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -121,7 +121,7 @@ def trained_modules(stage: StageConfig, codec: FeatureCodec) -> Iterator[nn.Modu
     if "redundancy" in stage.trains:
         yield codec.redundancy
     if "compression" in stage.trains:
-        yield from (codec.g_a, codec.g_s, codec.h_a, codec.h_s, codec.entropy)
+        yield from compression_modules(codec)
 
 
 def create_optimizer(stage: StageConfig, parameters: list[nn.Parameter], shard: bool) -> torch.optim.Optimizer:

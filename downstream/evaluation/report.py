@@ -223,6 +223,8 @@ def report_of_runs(runs: list[Path], out: Path, pretraining: Path | None) -> Non
 
 def _label(row: dict[str, Any]) -> str:
     name = row["anchor"] or ("streams of " + Path(row["codec"]).name if series_of(row) == "codec" else "clean pixels")
+    if row.get("rate") is not None:
+        name += f", rate {row['rate']:g}"
     return f"{name}, linear probe" if row["probe"] else name
 
 

@@ -1,8 +1,8 @@
 """The container of a stream: header, layer table, payloads; documented byte by byte in docs/bitstream.md.
 
-    magic 2 | version, flags, layers 1 | fingerprint 4 | H varint | W varint
+    magic 2 | version, flags, layers 1 | fingerprint 4 | H varint | W varint | rate 1, where there is a choice
     per layer: length varint | digest 2 | check 4
-    payloads
+    payloads, each with its guard list in front where the stream has any
 
 `base` holds z and the first group of y2's channels, `rest` the others; a reader may stop after any layer, and
 then needs no byte behind it. A layer's check is the CRC-32C of everything before it but the table, so no
@@ -12,8 +12,8 @@ digest is that of its symbols: a decoder that drew other tables than the encoder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import google_crc32c
 from torch import Tensor
@@ -21,22 +21,24 @@ from torch import Tensor
 from pretrain.errors import BitstreamError
 
 MAGIC = b"\xd1\xc3"
-VERSION = 1
+VERSION = 2
 LAYER_NAMES = ("base", "rest")
 FINGERPRINT_BYTES = 4
 FIXED_BYTES = 3 + FINGERPRINT_BYTES
 MIN_SIDE = 16
 MAX_SIDE = (1 << 16) - 1
 MAX_PIXELS = 1 << 27
-FLAGS_MASK, LAYERS_MASK = 0b1000, 0b0111
+GUARDED, RATED, LAYERS_MASK = 0b1000, 0b0100, 0b0011
+MAX_RATE = 255
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: the bytes of its symbols and their digest."""
+    """One layer: the bytes of its symbols, their digest, and the guard list: table by place, for close calls."""
 
     payload: bytes
     digest: int  # 16 bits
+    guard: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class StreamInfo:
     Attributes:
         fingerprint: hexadecimal, of the codec that wrote it (the first 4 bytes of
         `FeatureCodec.fingerprint`). layers: bytes of each layer's payload, by name, in order. header_bytes:
-        everything before the first payload.
+        everything before the first payload. rate: 0..255, the step of the codec's range of rates; None for a codec
+        of one rate.
     """
 
     version: int
@@ -55,6 +58,7 @@ class StreamInfo:
     width: int
     layers: dict[str, int]
     header_bytes: int
+    rate: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -81,15 +85,18 @@ def symbol_digest(symbols: Tensor) -> int:
     return google_crc32c.value(symbols.numpy().astype("<i4").tobytes()) & 0xFFFF
 
 
-def pack(fingerprint: bytes, height: int, width: int, layers: Sequence[Layer]) -> bytes:
+def pack(fingerprint: bytes, height: int, width: int, layers: Sequence[Layer], rate: int | None = None) -> bytes:
     """The stream of an image of height x width pixels."""
-    fixed = MAGIC + bytes([VERSION << 4 | len(layers)]) + fingerprint[:FINGERPRINT_BYTES]
-    fixed += _varint(height) + _varint(width)
+    guarded = any(layer.guard for layer in layers)
+    flags = (GUARDED if guarded else 0) | (RATED if rate is not None else 0)
+    fixed = MAGIC + bytes([VERSION << 4 | flags | len(layers)]) + fingerprint[:FINGERPRINT_BYTES]
+    fixed += _varint(height) + _varint(width) + (b"" if rate is None else bytes([rate]))
+    payloads = [(_pack_guard(layer.guard) if guarded else b"") + layer.payload for layer in layers]
     table, check = b"", google_crc32c.value(fixed)
-    for layer in layers:
-        check = _extend(check, layer.digest, layer.payload)
-        table += _varint(len(layer.payload)) + layer.digest.to_bytes(2, "little") + check.to_bytes(4, "little")
-    return fixed + table + b"".join(layer.payload for layer in layers)
+    for layer, payload in zip(layers, payloads, strict=True):
+        check = _extend(check, layer.digest, payload)
+        table += _varint(len(payload)) + layer.digest.to_bytes(2, "little") + check.to_bytes(4, "little")
+    return fixed + table + b"".join(payloads)
 
 
 def describe(stream: bytes) -> StreamInfo:
@@ -120,7 +127,8 @@ def unpack(stream: bytes, fingerprint: bytes, num_layers: int | None = None) -> 
         check = _extend(check, entry.digest, payload)
         if check != entry.check:
             raise BitstreamError(f"stream is damaged: layer {name} does not match its checksum; fetch it again")
-        layers.append(Layer(payload, entry.digest))
+        guard, start = _read_guard(payload) if stream[2] & GUARDED else ({}, 0)
+        layers.append(Layer(payload[start:], entry.digest, guard))
         position += entry.length
     return info, layers
 
@@ -145,10 +153,17 @@ def _parse(stream: bytes) -> tuple[StreamInfo, bytes, list[_Entry]]:
     version, num_layers = stream[2] >> 4, stream[2] & LAYERS_MASK
     if version > VERSION:
         raise BitstreamError(f"stream is of version {version}, this dicm reads up to {VERSION}; update dicm")
-    if version < 1 or not 1 <= num_layers <= len(LAYER_NAMES) or stream[2] & FLAGS_MASK:
+    if not 1 <= version <= VERSION or not 1 <= num_layers <= len(LAYER_NAMES):
         raise BitstreamError(f"stream is damaged: no version of dicm writes {stream[2]:#04x} as its third byte")
+    if version < VERSION:
+        raise BitstreamError(f"stream is of version {version}, from before the first release; encode its image again")
     height, position = _read_varint(stream, FIXED_BYTES)
     width, position = _read_varint(stream, position)
+    rate = None
+    if stream[2] & RATED:
+        if position >= len(stream):
+            raise BitstreamError(f"stream of {len(stream)} bytes ends within its header; it was cut")
+        rate, position = stream[position], position + 1
     if wrong := check_size(height, width):
         raise BitstreamError(f"stream is damaged: it claims {wrong}")
     fixed, entries = stream[:position], []
@@ -160,7 +175,30 @@ def _parse(stream: bytes) -> tuple[StreamInfo, bytes, list[_Entry]]:
         entries.append(_Entry(length, int.from_bytes(row[:2], "little"), int.from_bytes(row[2:], "little")))
         position += 6
     layers = {name: entry.length for name, entry in zip(LAYER_NAMES, entries, strict=False)}
-    return StreamInfo(version, stream[3:FIXED_BYTES].hex(), height, width, layers, position), fixed, entries
+    return StreamInfo(version, stream[3:FIXED_BYTES].hex(), height, width, layers, position, rate), fixed, entries
+
+
+def _pack_guard(guard: Mapping[int, int]) -> bytes:
+    """Their number, then for each the distance from the place before and the table."""
+    packed, before = _varint(len(guard)), -1
+    for place, table in sorted(guard.items()):
+        packed += _varint(place - before - 1) + bytes([table])
+        before = place
+    return packed
+
+
+def _read_guard(payload: bytes) -> tuple[dict[int, int], int]:
+    """The guard list in front of a payload, and where what follows begins."""
+    count, position = _read_varint(payload, 0)
+    guard, place = {}, -1
+    for _ in range(count):
+        distance, position = _read_varint(payload, position)
+        if position >= len(payload):
+            raise BitstreamError("stream is damaged: a guard list is longer than its layer")
+        place += distance + 1
+        guard[place] = payload[position]
+        position += 1
+    return guard, position
 
 
 def _extend(check: int, digest: int, payload: bytes) -> int:

@@ -1,33 +1,38 @@
 """From latents to streams and back, for one set of weights.
 
-    z, y2 -> round(z - medians) -> h_s in float64 -> means, scale indexes -> round(y2 - means) -> rANS
+    z, y2 -> round(z * gain - medians) -> h_s in float64 -> means, scale indexes -> round((y2 - means) * gain) -> rANS
 
 What the reader of a stream must find again exactly, the scale indexes, follows from z's integer symbols
-alone: h_s runs in float64 from there on, so that thread counts, batch sizes, devices and TF32 move a scale by
-about 1e-15 of itself and practically never across a bound between two tables. Where that happens all the
-same, the digest of the symbols tells. The means need no such care: a reader adds its own, and features move
-by as little as they do.
+alone (and, with a context model, from the symbols of y2 before them): the networks run in float64 from there on, so
+that thread counts, batch sizes, devices and TF32 move a scale by about 1e-15 of itself. Where the writer sees one
+closer to a bound between two tables than `guard`, it lists the table that it took, so a reader that is off by less
+than the guard cannot take another. The digest of the symbols tells of one that is off by more. The means need no such
+care: a reader adds its own, and features move by as little as they do.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.codec import bitstream
 from pretrain.codec.bitstream import Layer, symbol_digest
 from pretrain.codec.config import CodecConfig
+from pretrain.codec.context import CheckerboardContext, anchor_mask
 from pretrain.codec.entropy import (
     MAX_SYMBOL,
+    SCALE_LEVELS,
     CoderTables,
     LatentEntropy,
     SymbolDecoder,
     encode_symbols,
     scale_indexes,
 )
+from pretrain.codec.gains import RateGains
 from pretrain.codec.hyperprior import HyperSynthesis
 from pretrain.errors import BitstreamError, CodecError
 
@@ -36,12 +41,21 @@ Z_STRIDE = 64
 CHUNK_TOKENS = 1 << 14
 
 
+class Prediction(NamedTuple):
+    """What is known of y2 before its symbols: means (float64), tables (int32), and which tables were close calls."""
+
+    means: Tensor
+    scales: Tensor
+    indexes: Tensor
+    close: Tensor
+
+
 class StreamCoder:
-    """Codes latents with frozen copies of h_s (float64), medians and tables.
+    """Codes latents with frozen copies of h_s and of what else predicts tables (float64), medians and tables.
 
     Args:
         config: sizes; gives the groups of y2's channels.
-        entropy, h_s: of the codec; not changed.
+        entropy, h_s, context, gains: of the codec; not changed. `gains` are those of z and y2, or None.
         tables: of `entropy`.
         fingerprint: of the codec.
     """
@@ -51,28 +65,41 @@ class StreamCoder:
         config: CodecConfig,
         entropy: LatentEntropy,
         h_s: HyperSynthesis,
+        context: CheckerboardContext | None,
+        gains: tuple[RateGains, RateGains] | None,
         tables: CoderTables,
         fingerprint: bytes,
     ):
-        self.tables, self.fingerprint = tables, fingerprint
+        self.tables, self.fingerprint, self.guard = tables, fingerprint, config.guard
         self.z_channels = config.z_channels
         base, latent_channels = config.base_channels or config.latent_channels, config.latent_channels
         self.groups = [slice(0, base), slice(base, latent_channels)][: 1 if base == latent_channels else 2]
         with torch.inference_mode(False), torch.no_grad():
             self.h_s = copy.deepcopy(h_s).double().eval().requires_grad_(False)
+            self.context = None if context is None else copy.deepcopy(context).double().eval().requires_grad_(False)
+            self.gains = None if gains is None else tuple(copy.deepcopy(gain).double() for gain in gains)
             self.medians = entropy.z.quantiles[:, 0, 1].detach().double().clone().view(-1, 1, 1)
 
-    def encode(self, z: Tensor, y2: Tensor, height: int, width: int) -> list[bytes]:
+    def encode(self, z: Tensor, y2: Tensor, height: int, width: int, rate: int | None = None) -> list[bytes]:
         """Streams of images of height x width pixels, of their z (N, ...) and y2 (N, ...).
+
+        Args:
+            rate: 0..255, the step of the range of rates; None for a codec of one rate.
 
         Raises:
             CodecError: latents that are not finite, or beyond what the coder counts.
         """
-        z_symbols = _symbols(z.double() - self.medians)
-        means, indexes = self.predict(z_symbols)
-        y2_symbols = _symbols(y2.double() - means)
-        images = zip(z_symbols.cpu(), y2_symbols.cpu(), indexes.cpu(), strict=True)
-        return [bitstream.pack(self.fingerprint, height, width, self._layers(*image)) for image in images]
+        rates = [rate] * len(z)
+        z_gain, y2_gain = self._gains(rates)
+        y2 = y2.double()
+        z_symbols = _symbols(z.double() * z_gain - self.medians)
+        predicted = self.predict(z_symbols, rates)
+        y2_symbols = _symbols((y2 - predicted.means) * y2_gain)
+        if self.context is not None:
+            predicted = self._second_pass(y2_symbols, predicted, y2_gain)
+            y2_symbols = _symbols((y2 - predicted.means) * y2_gain)
+        images = zip(z_symbols.cpu(), y2_symbols.cpu(), predicted.indexes.cpu(), predicted.close.cpu(), strict=True)
+        return [bitstream.pack(self.fingerprint, height, width, self._layers(*image), rate) for image in images]
 
     def decode(self, streams: Sequence[bytes], last_layer: str | None = None) -> tuple[Tensor, int, int]:
         """y2_hat (N, latent_channels, ...) float32, height and width, of streams of images of one size.
@@ -83,7 +110,7 @@ class StreamCoder:
             BitstreamError: damaged, of another codec or of a newer version.
             CodecError: no stream, streams of several sizes, or no such layer.
         """
-        height, width, images = self._unpack(streams, last_layer)
+        height, width, rates, images = self._unpack(streams, last_layer)
         z_shape = (self.z_channels, -(-height // Z_STRIDE), -(-width // Z_STRIDE))
         z_indexes = self._z_indexes(torch.empty(z_shape))
         num_base = z_indexes.numel() + 16 * z_shape[1] * z_shape[2] * self.groups[0].stop
@@ -91,30 +118,62 @@ class StreamCoder:
         z_symbols = torch.stack([reader.read(self.tables.z, z_indexes) for reader in readers])
         # What lies outside belongs to a forged stream, and its digest will not fit.
         z_bounded = z_symbols.view(-1, *z_shape).clamp(-MAX_SYMBOL, MAX_SYMBOL)
-        means, indexes = self.predict(z_bounded.to(self.medians.device))
+        predicted, y2_gain = self.predict(z_bounded.to(self.medians.device), rates), self._gains(rates)[1]
+        y2_symbols = torch.zeros(predicted.means.shape, dtype=torch.int32)
+        if self.context is None:
+            indexes = predicted.indexes.cpu()
+            for image, reader, z_one, indexes_one, y2_one in zip(
+                images, readers, z_symbols, indexes, y2_symbols, strict=True
+            ):
+                self._read_layers(image, reader, z_one, indexes_one, y2_one)
+        else:
+            predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols)
+        y2_hat = y2_symbols.to(predicted.means.device) / y2_gain + predicted.means
+        return y2_hat.float(), height, width
 
-        y2_symbols = torch.zeros(means.shape, dtype=torch.int32)
-        found = zip(images, readers, z_symbols, indexes.cpu(), y2_symbols, strict=True)
-        for layers, reader, z_one, indexes_one, y2_one in found:
-            base, *rest = zip(bitstream.LAYER_NAMES, layers, self.groups, strict=False)
-            self._read_group(reader, *base, indexes_one, y2_one, before=z_one)
-            for name, layer, channels in rest:
-                reader = SymbolDecoder(layer.payload, indexes_one[channels].numel())
-                self._read_group(reader, name, layer, channels, indexes_one, y2_one)
-        return (y2_symbols.to(means.device) + means).float(), height, width
-
-    def predict(self, z_symbols: Tensor) -> tuple[Tensor, Tensor]:
-        """Means (float64) and scale indexes (int32) of y2, of z's symbols (N, z_channels, H/64, W/64)."""
+    def predict(self, z_symbols: Tensor, rates: Sequence[int | None]) -> Prediction:
+        """What z's symbols (N, z_channels, H/64, W/64) say of y2."""
         with torch.autocast(z_symbols.device.type, enabled=False):
-            z_hat = z_symbols.double() + self.medians
-            tokens = 16 * z_hat.shape[-1] * z_hat.shape[-2]
-            chunks = [self.h_s(chunk) for chunk in z_hat.split(max(CHUNK_TOKENS // tokens, 1))]
-        means, scales = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
-        return means, scale_indexes(scales)
+            z_gain, y2_gain = self._gains(rates)
+            z_hat = (z_symbols.double() + self.medians) / z_gain
+            means, scales = self._in_chunks(self.h_s, z_hat, tokens=16 * z_hat.shape[-1] * z_hat.shape[-2])
+        return Prediction(means, scales, *scale_indexes(scales * y2_gain, self.guard))
 
-    def _unpack(self, streams: Sequence[bytes], last_layer: str | None) -> tuple[int, int, list[list[Layer]]]:
-        """Height and width of the images, and the layers of each up to `last_layer`, checked."""
+    def _second_pass(self, y2_symbols: Tensor, first: Prediction, y2_gain: Tensor) -> Prediction:
+        """The prediction once the anchors among y2's symbols are known."""
+        assert self.context is not None
+        with torch.autocast(y2_symbols.device.type, enabled=False):
+            y2_hat = y2_symbols / y2_gain + first.means
+            tokens = y2_hat.shape[-1] * y2_hat.shape[-2]
+            means, scales = self._in_chunks(self.context, y2_hat, first.means, first.scales, tokens=tokens)
+        return Prediction(means, scales, *scale_indexes(scales * y2_gain, self.guard))
+
+    @staticmethod
+    def _in_chunks(network: nn.Module, *inputs: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Means and scales of a batch, as many images at once as CHUNK_TOKENS allow."""
+        size = max(CHUNK_TOKENS // tokens, 1)
+        chunks = [network(*parts) for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True)]
+        means, scales = zip(*chunks, strict=True)
+        return torch.cat(means), torch.cat(scales)
+
+    def _gains(self, rates: Sequence[int | None]) -> tuple[Tensor, Tensor]:
+        """Gains of z and y2, each (N, C, 1, 1) float64; ones for a codec of one rate."""
+        if self.gains is None:
+            one = torch.ones(1, 1, 1, 1, dtype=torch.float64, device=self.medians.device)
+            return one, one
+        position = torch.tensor(rates, dtype=torch.float64, device=self.medians.device) / bitstream.MAX_RATE
+        z_gain, y2_gain = (gain(position) for gain in self.gains)
+        return z_gain, y2_gain
+
+    def _unpack(
+        self, streams: Sequence[bytes], last_layer: str | None
+    ) -> tuple[int, int, list[int | None], list[list[Layer]]]:
+        """Height and width of the images, their rates, and the layers of each up to `last_layer`, checked."""
         names = bitstream.LAYER_NAMES[: len(self.groups)]
+        if last_layer is not None and self.context is not None:
+            raise CodecError(
+                f"last_layer={last_layer}: this codec has a context model, so its streams have no layers to stop at"
+            )
         if last_layer is not None and last_layer not in names:
             raise CodecError(f"last_layer={last_layer} is no layer of this codec, which writes {', '.join(names)}")
         wanted = None if last_layer is None else names.index(last_layer) + 1
@@ -125,42 +184,98 @@ class StreamCoder:
         for info, _ in unpacked:
             if tuple(info.layers) != names:
                 raise BitstreamError(f"stream has layers {list(info.layers)}, this codec writes {list(names)}")
-        return *sizes.pop(), [layers for _, layers in unpacked]
+            if (info.rate is None) != (self.gains is None):
+                raise BitstreamError("stream is damaged: whether it names a rate does not fit its codec")
+        return *sizes.pop(), [info.rate for info, _ in unpacked], [layers for _, layers in unpacked]
 
-    def _read_group(
-        self,
-        reader: SymbolDecoder,
-        name: str,
-        layer: Layer,
-        channels: slice,
-        indexes: Tensor,
-        y2_symbols: Tensor,
-        before: Tensor | None = None,
+    def _read_layers(
+        self, layers: Sequence[Layer], reader: SymbolDecoder, z_symbols: Tensor, indexes: Tensor, y2_symbols: Tensor
     ) -> None:
-        """Fill `channels` of y2_symbols (C, H, W); `before` is what of the layer was read already."""
-        chosen = indexes[channels]
-        found = reader.read(self.tables.y2, chosen.flatten())
-        if symbol_digest(found if before is None else torch.cat([before, found])) != layer.digest:
-            raise BitstreamError(
-                f"layer {name} decodes to other symbols than were encoded; "
-                "the arithmetic of this machine is too far from that of the encoder's"
-            )
-        y2_symbols[channels] = found.view(chosen.shape)
+        """Fill the groups of y2_symbols (C, H, W) that were sent; z's were read from the first layer already."""
+        for number, (layer, channels) in enumerate(zip(layers, self.groups, strict=False)):
+            chosen = _guarded(indexes[channels].flatten(), layer)
+            if number:
+                reader = SymbolDecoder(layer.payload, chosen.numel())
+            found = reader.read(self.tables.y2, chosen)
+            _check_digest(number, layer, found if number else torch.cat([z_symbols, found]))
+            y2_symbols[channels] = found.view(y2_symbols[channels].shape)
 
-    def _layers(self, z_symbols: Tensor, y2_symbols: Tensor, indexes: Tensor) -> list[Layer]:
+    def _read_checkerboard(
+        self,
+        images: Sequence[Sequence[Layer]],
+        readers: Sequence[SymbolDecoder],
+        z_symbols: Tensor,
+        first: Prediction,
+        y2_gain: Tensor,
+        y2_symbols: Tensor,
+    ) -> Prediction:
+        """Fill y2_symbols (N, C, H, W), anchors first; returns the prediction that their means are added to."""
+        anchors = anchor_mask(y2_symbols).expand(y2_symbols[0].shape)
+        parts = [[symbols] for symbols in z_symbols]
+        predicted = first
+        for places in (anchors, ~anchors):
+            indexes = predicted.indexes.cpu()
+            for number, (layer,) in enumerate(images):
+                chosen = _guarded(indexes[number].flatten(), layer, places.flatten()).view(places.shape)[places]
+                found = readers[number].read(self.tables.y2, chosen)
+                y2_symbols[number][places] = found
+                parts[number].append(found)
+            if places is anchors:
+                bounded = y2_symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(first.means.device)
+                predicted = self._second_pass(bounded, first, y2_gain)
+        for (layer,), symbols in zip(images, parts, strict=True):
+            _check_digest(0, layer, torch.cat(symbols))
+        return predicted
+
+    def _layers(self, z_symbols: Tensor, y2_symbols: Tensor, indexes: Tensor, close: Tensor) -> list[Layer]:
         layers = []
         for number, channels in enumerate(self.groups):
-            parts = [(self.tables.y2, y2_symbols[channels].flatten(), indexes[channels].flatten())]
+            symbols, chosen = y2_symbols[channels], indexes[channels]
+            if self.context is None:
+                parts = [(self.tables.y2, symbols.flatten(), chosen.flatten())]
+            else:
+                anchors = anchor_mask(symbols).expand(symbols.shape)
+                parts = [(self.tables.y2, symbols[places], chosen[places]) for places in (anchors, ~anchors)]
             if number == 0:
                 parts.insert(0, (self.tables.z, z_symbols.flatten(), self._z_indexes(z_symbols)))
             digest = symbol_digest(torch.cat([symbols for _, symbols, _ in parts]))
-            layers.append(Layer(encode_symbols(parts), digest))
+            places = close[channels].flatten().nonzero()[:, 0].tolist()
+            guard = dict(zip(places, chosen.flatten()[places].tolist(), strict=True))
+            layers.append(Layer(encode_symbols(parts), digest, guard))
         return layers
 
     @staticmethod
     def _z_indexes(z_symbols: Tensor) -> Tensor:
         """Each channel of z (C, H, W) has a table of its own."""
         return torch.arange(len(z_symbols), dtype=torch.int32).repeat_interleave(z_symbols[0].numel())
+
+
+def _guarded(indexes: Tensor, layer: Layer, places: Tensor | None = None) -> Tensor:
+    """The reader's own indexes (flat), where the writer did not list its own (BitstreamError: impossible ones).
+
+    Args:
+        places: (flat, bool) those that are read now; the list speaks of the others once they are.
+    """
+    if not layer.guard:
+        return indexes
+    listed = torch.tensor(list(layer.guard))
+    tables = torch.tensor(list(layer.guard.values()), dtype=torch.int32)
+    fits = int(listed.max()) < len(indexes)
+    if fits and places is not None:
+        listed, tables = listed[places[listed]], tables[places[listed]]
+    if not fits or bool(((tables - indexes[listed]).abs() > 1).any()) or bool((tables >= SCALE_LEVELS).any()):
+        raise BitstreamError("stream is damaged: its guard list does not fit its symbols")
+    indexes = indexes.clone()
+    indexes[listed] = tables
+    return indexes
+
+
+def _check_digest(number: int, layer: Layer, symbols: Tensor) -> None:
+    if symbol_digest(symbols) != layer.digest:
+        raise BitstreamError(
+            f"layer {bitstream.LAYER_NAMES[number]} decodes to other symbols than were encoded; "
+            "the arithmetic of this machine is too far from that of the encoder's"
+        )
 
 
 def _symbols(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pretrain.errors import ConfigError
 
 BLOCKS = ("conv2former", "convformer")
+CONTEXTS = ("none", "checkerboard")
 
 
 @dataclass
@@ -34,12 +35,28 @@ class CodecConfig:
     z_channels: int = 192  # channels of z, at H/64
     window: int = 16  # attention is global up to window x window tokens, windowed above
 
+    context: str = "none"  # checkerboard: half of y2's places are predicted from the other half, too
+    context_depth: int = 6  # ViT blocks of that context model
+
+    rate_points: int = 1  # rates that are trained, with gains around the quantization; 1: a codec of one rate
     base_channels: int = 0  # channels of y2 in the stream's `base` layer; 0: all, no `rest` layer
+    guard: float = (
+        1e-7  # the reader's scales of y2 may be off by this part of themselves; the stream lists closer calls
+    )
 
     def validate(self) -> None:
         """Refuse impossible values (ConfigError)."""
         if self.block not in BLOCKS:
             raise ConfigError(f"codec.block={self.block} is unknown; use {_nearest(self.block, BLOCKS)}")
+        if self.context not in CONTEXTS:
+            raise ConfigError(f"codec.context={self.context} is unknown; use {_nearest(self.context, CONTEXTS)}")
+        if self.context != "none" and self.base_channels:
+            raise ConfigError(
+                f"codec.base_channels={self.base_channels} with codec.context={self.context}: a context model "
+                "reads all channels, so its streams have one layer; set base_channels=0 or context=none"
+            )
+        if not 0 <= self.guard <= 1e-2:
+            raise ConfigError(f"codec.guard={self.guard:g} must lie in 0..0.01, a small part of a scale")
         validate_backbone(self.backbone)
         for key, value in vars(self).items():
             if isinstance(value, int) and not isinstance(value, bool) and key != "base_channels" and value < 1:

@@ -41,24 +41,34 @@ def scale_table() -> list[float]:
     return [SCALE_MIN * step**level for level in range(SCALE_LEVELS)]
 
 
-def scale_indexes(scales: Tensor) -> Tensor:
-    """The table (int32) whose scale is nearest, in ratio, to each of `scales` (float64).
+def scale_indexes(scales: Tensor, guard: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The table (int32) whose scale is nearest, in ratio, to each of `scales` (float64), and which are close calls.
 
-    compressai takes the next wider table; the nearest costs a quarter of its excess bits.
+    compressai takes the next wider table; the nearest costs a quarter of its excess bits. A close call (bool) lies
+    nearer to a bound between two tables than `guard` of that bound.
     """
     table = scale_table()
     bounds = [math.sqrt(low * high) for low, high in pairwise(table)]
     boundaries = torch.tensor(bounds, dtype=torch.float64, device=scales.device)
-    return torch.bucketize(scales.contiguous(), boundaries, out_int32=True)
+    indexes = torch.bucketize(scales.contiguous(), boundaries, out_int32=True)
+    lower, upper = (boundaries[(indexes - shift).clamp(0, len(bounds) - 1)] for shift in (1, 0))
+    close = ((scales - lower).abs() < guard * lower) | ((scales - upper).abs() < guard * upper)
+    return indexes, close
 
 
-def bottleneck_likelihood(model: EntropyBottleneck, values: Tensor) -> tuple[Tensor, Tensor]:
+def bottleneck_likelihood(
+    model: EntropyBottleneck, values: Tensor, gain: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Values (N, C, H, W) as the decoder will see them, and their likelihoods in (0, 1].
 
-    With noise in place of rounding while `model` is in training mode, rounded about its medians otherwise.
+    With noise in place of rounding while `model` is in training mode, rounded about its medians otherwise; times
+    `gain` (N, C, 1, 1) while they are symbols.
     """
     with torch.autocast(values.device.type, enabled=False):
-        return model(values.float())
+        if gain is None:
+            return model(values.float())
+        values_hat, likelihoods = model(values.float() * gain)
+        return values_hat / gain, likelihoods
 
 
 def bottleneck_round(model: EntropyBottleneck, values: Tensor) -> Tensor:
@@ -74,18 +84,19 @@ class LatentEntropy(nn.Module):
         self.z = EntropyBottleneck(z_channels)
         self.y2 = GaussianConditional(scale_table())
 
-    def y2_likelihood(self, y2: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """y2_hat and the likelihoods of y2.
+    def y2_likelihood(
+        self, y2: Tensor, means: Tensor, scales: Tensor, gain: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """y2_hat and the likelihoods of y2; `gain` (N, latent_channels, 1, 1) widens its symbols.
 
         In training the rate sees noise and y2_hat is rounded with a straight-through gradient: the rate stays
         smooth, and the decoder meets the values that it will decode (Minnen and Singh 2020).
         """
         with torch.autocast(y2.device.type, enabled=False):
-            y2, means, scales = y2.float(), means.float(), scales.float()
-            y2_hat, likelihoods = self.y2(y2, scales, means)
-            if self.training:
-                y2_hat = quantize_ste(y2 - means) + means
-        return y2_hat, likelihoods
+            factor = torch.ones((), device=y2.device) if gain is None else gain
+            residuals = (y2.float() - means.float()) * factor
+            _, likelihoods = self.y2(residuals, scales.float() * factor)
+            return quantize_ste(residuals) / factor + means.float(), likelihoods
 
 
 @torch.no_grad()

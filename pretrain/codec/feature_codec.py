@@ -2,6 +2,8 @@
 
     image -> head -> f1 -> RE -> f2 -> g_a -> y2 -> [h_a -> z -> h_s -> means, scales] -> y2_hat -> g_s -> f3
 
+With `rate_points` above one, a codec has a range of rates: 0 is the smallest, 1 the best.
+
 Source: DICM (Tang, Yi, Wang, IEEE Trans. Broadcasting 2025). Any image size from 16 x 16: images are padded
 to a multiple of 64 and features cropped back. Coding is `coder.py`'s; this module sees to it that weights are
 never coded with tables of other weights.
@@ -27,6 +29,7 @@ from pretrain.codec.backbone import HEAD_STRIDE, Backbone, pad_to
 from pretrain.codec.bitstream import StreamInfo
 from pretrain.codec.coder import Z_STRIDE, StreamCoder
 from pretrain.codec.config import CodecConfig
+from pretrain.codec.context import CheckerboardContext
 from pretrain.codec.entropy import (
     CoderTables,
     LatentEntropy,
@@ -34,13 +37,19 @@ from pretrain.codec.entropy import (
     bottleneck_round,
     solve_quantiles,
 )
+from pretrain.codec.gains import LOG_SPREAD, RateGains, fit
 from pretrain.codec.hyperprior import HyperAnalysis, HyperSynthesis
 from pretrain.codec.redundancy import RedundancyElimination
+from pretrain.codec.tiles import MARGIN, check_tile, in_tiles
 from pretrain.codec.transforms import AnalysisTransform, SynthesisTransform
 from pretrain.errors import CodecError
 
+LATENT_STRIDE = 16
 # Layers of the backbone that read f3; no symbol and no feature of a stream depends on them.
 TAIL = ("backbone.layer2.", "backbone.layer3.", "backbone.layer4.")
+
+
+ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
 
 
 @dataclass
@@ -71,44 +80,69 @@ class FeatureCodec(nn.Module):
         self.g_a, self.g_s = AnalysisTransform(channels, config), SynthesisTransform(channels, config)
         self.h_a, self.h_s = HyperAnalysis(config), HyperSynthesis(config)
         self.entropy = LatentEntropy(config.z_channels)
+        self.context = CheckerboardContext(config) if config.context == "checkerboard" else None
+        self.z_gain: RateGains | None = None
+        self.y2_gain: RateGains | None = None
+        if config.rate_points > 1:
+            self.z_gain = RateGains(config.rate_points, config.z_channels)
+            self.y2_gain = RateGains(config.rate_points, config.latent_channels, LOG_SPREAD)
         # What coding needs beside the weights, a hash of these weights, and their stamps when last looked at.
         self._coder: StreamCoder | None = None
         self._coder_weights = b""
         self._coder_stamp: tuple[int, ...] | None = None
         self._prior_stamp: tuple[int, ...] | None = None
 
-    def forward(self, images: Tensor) -> CodecOutput:
-        """A pass over normalised images (N, 3, H, W), sides from 16: noise in training, rounding in eval."""
+    def forward(self, images: Tensor, rate: Tensor | float | None = None) -> CodecOutput:
+        """A pass over normalised images (N, 3, H, W), sides from 16: noise in training, rounding in eval.
+
+        Args:
+            rate: in 0..1, one for all images or (N,); None is the best one.
+        """
         self._settle()
         height, width = (math.ceil(side / HEAD_STRIDE) for side in images.shape[-2:])
         f1 = self.backbone.head(pad_to(images, Z_STRIDE))
         f2, y1 = self.redundancy(f1)
-        f3, likelihoods = self.compress_features(f2)
+        f3, likelihoods = self.compress_features(f2, rate)
         f1, f2, f3 = (features[..., :height, :width] for features in (f1, f2, f3))
-        bits = torch.stack(
-            [likelihood.float().log().flatten(1).sum(1) / -math.log(2) for likelihood in likelihoods.values()]
-        ).sum(0)
+        bits = bits_per_image(likelihoods.values())
         return CodecOutput(f1, f2, f3, {"y1": y1, **likelihoods}, bits)
 
-    def compress_features(self, f2: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def compress_features(self, f2: Tensor, rate: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """f3 and the likelihoods of y2 and z, of f2 (N, C1, H/4, W/4) with H, W multiples of 64."""
         y2 = self.g_a(f2)
-        z_hat, z_likelihoods = bottleneck_likelihood(self.entropy.z, self.h_a(y2))
-        y2_hat, y2_likelihoods = self.entropy.y2_likelihood(y2, *self.h_s(z_hat))
-        return self.g_s(y2_hat), {"y2": y2_likelihoods, "z": z_likelihoods}
+        y2_hat, likelihoods = self._quantize(y2, self.h_a(y2), rate)
+        return self.g_s(y2_hat), likelihoods
+
+    def _quantize(self, y2: Tensor, z: Tensor, rate: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """y2_hat, and the likelihoods of y2 and z."""
+        z_gain, y2_gain = self._gains(rate, len(y2))
+        z_hat, z_likelihoods = bottleneck_likelihood(self.entropy.z, z, z_gain)
+        means, scales = self.h_s(z_hat)
+        if self.context is not None:
+            anchors_hat, _ = self.entropy.y2_likelihood(y2, means, scales, y2_gain)
+            means, scales = self.context(anchors_hat, means, scales)
+        y2_hat, y2_likelihoods = self.entropy.y2_likelihood(y2, means, scales, y2_gain)
+        return y2_hat, {"y2": y2_likelihoods, "z": z_likelihoods}
+
+    def _gains(self, rate: Tensor | float | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+        """Gains (count, C, 1, 1) of z and of y2; none for a codec of one rate."""
+        if self.z_gain is None or self.y2_gain is None:
+            if rate is not None:
+                raise CodecError(ONE_RATE)
+            return None, None
+        rates = torch.as_tensor(1.0 if rate is None else rate, dtype=torch.float32, device=self._device).expand(count)
+        return self.z_gain(rates), self.y2_gain(rates)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, rate: float | None = None) -> Tensor:
         """f3 of normalised images; in eval mode as `decode` gives it, without making bytes."""
-        return self.forward(images).f3
+        return self.forward(images, rate).f3
 
     @torch.no_grad()
-    def latents(self, images: Tensor) -> Tensor:
+    def latents(self, images: Tensor, rate: float | None = None) -> Tensor:
         """y2_hat (N, latent_channels, H/16, W/16) of normalised images; H and W become multiples of 64."""
         self._settle()
-        y2, z = self._analyse(images)
-        z_hat, _ = bottleneck_likelihood(self.entropy.z, z)
-        return self.entropy.y2_likelihood(y2, *self.h_s(z_hat))[0]
+        return self._quantize(*self._analyse(images), rate)[0]
 
     def update(self) -> None:
         """Solve the factorized priors' quantiles for the current weights; coder tables follow when needed.
@@ -131,43 +165,79 @@ class FeatureCodec(nn.Module):
         """Eight bytes that name this codec: a hash of its configuration, tables and weights, tail aside."""
         return self._ready().fingerprint
 
-    def encode(self, image: Tensor) -> bytes:
+    def encode(
+        self, image: Tensor, rate: float | None = None, max_bytes: int | None = None, tile: int | None = None
+    ) -> bytes:
         """The stream of an image (3, H, W) uint8 RGB, H, W >= 16.
 
+        Args:
+            rate: in 0..1, for a codec with a range of rates; None is the best one.
+            max_bytes: the highest rate is taken whose stream is no longer than this.
+            tile: side of the squares (a multiple of 64 pixels) that the networks take one at a time where the image
+                is larger, which bounds memory; None takes it whole.
+
         Raises:
-            CodecError: another shape, type or size.
+            CodecError: another shape, type, size or rate; `max_bytes` too small for this image.
         """
         if image.ndim != 3:
             raise CodecError(f"image has shape {tuple(image.shape)}; encode takes (3, H, W), encode_batch (N, 3, H, W)")
-        return self.encode_batch(image[None])[0]
+        return self.encode_batch(image[None], rate, max_bytes, tile)[0]
 
     @torch.no_grad()
-    def encode_batch(self, images: Tensor) -> list[bytes]:
-        """Streams of images (N, 3, H, W) uint8 RGB of one size, which the network takes at once, in float32.
-
-        A value that lies between two symbols to float accuracy may be rounded to the other one in another
-        batch.
-        """
+    def encode_batch(
+        self, images: Tensor, rate: float | None = None, max_bytes: int | None = None, tile: int | None = None
+    ) -> list[bytes]:
+        """Streams of images (N, 3, H, W) uint8 RGB of one size, in float32; each as `encode` alone gives it."""
         _check_images(images)
-        coder = self._ready()
+        if tile is not None:
+            check_tile(tile)
+        level = self._rate_level(rate)
+        coder, (height, width) = self._ready(), images.shape[-2:]
+        streams: list[bytes] = []
         with self._coding():
-            y2, z = self._analyse(normalize(images.to(self._device).float() / 255))
-        return coder.encode(z, y2, *images.shape[-2:])
+            # One image at a time: in a batch, convolutions sum in another order, and a value that lies between two
+            # symbols to float accuracy may be rounded to the other one.
+            for image in images.split(1):
+                latents = self._analyse(normalize(image.to(self._device).float() / 255), tile)
 
-    def decode(self, stream: bytes, last_layer: str | None = None) -> Tensor:
+                def stream_at(level: int | None, latents: tuple[Tensor, Tensor] = latents) -> bytes:
+                    y2, z = latents
+                    return coder.encode(z, y2, height, width, level)[0]
+
+                streams.append(stream_at(level) if max_bytes is None else fit(stream_at, level, max_bytes))
+        return streams
+
+    def _rate_level(self, rate: float | None) -> int | None:
+        """The step 0..255 of `rate`; None for a codec of one rate."""
+        if self.y2_gain is None:
+            if rate is not None:
+                raise CodecError(ONE_RATE)
+            return None
+        if rate is not None and not 0 <= rate <= 1:
+            raise CodecError(f"rate={rate:g} must lie in 0..1, from the fewest bits to the best features")
+        return bitstream.MAX_RATE if rate is None else round(rate * bitstream.MAX_RATE)
+
+    def decode(self, stream: bytes, last_layer: str | None = None, tile: int | None = None) -> Tensor:
         """f3 (1, C1, ceil(H/4), ceil(W/4)) float32 of a stream, or of its layers up to `last_layer` alone.
+
+        `tile` bounds memory as in `encode`; streams written with and without it are alike.
 
         Raises:
             BitstreamError: damaged, of another codec or of a newer version.
         """
-        return self.decode_batch([stream], last_layer)
+        return self.decode_batch([stream], last_layer, tile)
 
     @torch.no_grad()
-    def decode_batch(self, streams: Sequence[bytes], last_layer: str | None = None) -> Tensor:
+    def decode_batch(self, streams: Sequence[bytes], last_layer: str | None = None, tile: int | None = None) -> Tensor:
         """f3 (N, C1, ceil(H/4), ceil(W/4)) float32 of streams of images of one size."""
+        if tile is not None:
+            check_tile(tile)
         y2_hat, height, width = self._ready().decode(streams, last_layer)
         with self._coding():
-            f3 = self.g_s(y2_hat)
+            if tile is None:
+                f3 = self.g_s(y2_hat)
+            else:
+                f3 = in_tiles(self.g_s, y2_hat, tile // LATENT_STRIDE, MARGIN // LATENT_STRIDE)
         return f3[..., : -(-height // HEAD_STRIDE), : -(-width // HEAD_STRIDE)]
 
     @torch.no_grad()
@@ -212,15 +282,20 @@ class FeatureCodec(nn.Module):
         codec.extra = facts.get("extra") or {}
         return codec
 
-    def _analyse(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _analyse(self, images: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """y2 and z of normalised images."""
-        f1, prior = self.backbone.head(pad_to(images, Z_STRIDE)), self.redundancy.entropy_bottleneck
+        images = pad_to(images, Z_STRIDE)
+        y2 = self._transform(images) if tile is None else in_tiles(self._transform, images, tile, MARGIN)
+        return y2, self.h_a(y2)
+
+    def _transform(self, images: Tensor) -> Tensor:
+        """y2 of normalised images with sides that are multiples of 64."""
+        f1, prior = self.backbone.head(images), self.redundancy.entropy_bottleneck
         if prior.training:
             f2, _ = self.redundancy(f1)
         else:  # the same without likelihoods, which no stream needs
             f2 = self.redundancy.decode(bottleneck_round(prior, self.redundancy.encode(f1)))
-        y2 = self.g_a(f2)
-        return y2, self.h_a(y2)
+        return self.g_a(f2)
 
     @contextmanager
     def _coding(self) -> Iterator[None]:
@@ -268,7 +343,10 @@ class FeatureCodec(nn.Module):
 
     def _adopt(self, tables: CoderTables) -> None:
         """Code with `tables`, which belong to the current weights."""
-        self._coder = StreamCoder(self.config, self.entropy, self.h_s, tables, self._fingerprint(tables))
+        gains = None if self.z_gain is None or self.y2_gain is None else (self.z_gain, self.y2_gain)
+        self._coder = StreamCoder(
+            self.config, self.entropy, self.h_s, self.context, gains, tables, self._fingerprint(tables)
+        )
         self._coder_weights = self._weights_hash()
         self._coder_stamp, self._prior_stamp = self._stamp(), _stamp(self._priors())
 
@@ -281,6 +359,11 @@ class FeatureCodec(nn.Module):
 
     def _fingerprint(self, tables: CoderTables) -> bytes:
         return _hash({"weights": self._weights_hash().hex()}, tables.tensors())[:8]
+
+
+def bits_per_image(likelihoods: Iterable[Tensor]) -> Tensor:
+    """Estimated bits (N,) of each image, from the likelihoods (N, ...) of all that is sent."""
+    return torch.stack([each.float().log().flatten(1).sum(1) / -math.log(2) for each in likelihoods]).sum(0)
 
 
 def _hash(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:

@@ -30,14 +30,14 @@ def test_run_demo__ends_with_a_report_and_goes_on_where_it_was(tmp_path: Path):
     said = demo(out)
     assert "minutes" in said.splitlines()[0] and str(out / "report.html") in said.splitlines()[0]
     page = (out / "report.html").read_text()
-    for words in ("codec_low", "jpeg:1", "jpeg:20", "draw scenes", "dicm pretrain demo_low_rate"):
+    for words in ("rate 0.5", "jpeg:1", "jpeg:20", "draw scenes", "dicm pretrain demo"):
         assert words in page
 
     pretrained = (out / "codec" / "model.safetensors").read_bytes()
     (out / "report.html").unlink()
     (out / "runs" / "jpeg_20" / "results.json").unlink()
     said = demo(out)
-    assert "classify, jpeg_20" in said and "pretrain, recipe" not in said and "draw scenes" not in said
+    assert "classify, jpeg_20" in said and "pretrain" not in said and "draw scenes" not in said
     assert (out / "report.html").is_file()
     assert (out / "codec" / "model.safetensors").read_bytes() == pretrained
 

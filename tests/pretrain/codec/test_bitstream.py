@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import google_crc32c
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ def test_unpack__returns_what_was_packed(height: int, width: int, payloads: list
     stream = pack(FINGERPRINT, height, width, layers)
     info, found = unpack(stream, FINGERPRINT)
     assert found == layers
-    assert (info.height, info.width, info.version) == (height, width, 1)
+    assert (info.height, info.width, info.version) == (height, width, 2)
     assert list(info.layers.values()) == [len(payload) for payload in payloads]
     assert info.num_bytes == len(stream)
     assert info == describe(stream)
@@ -50,6 +51,26 @@ def test_unpack__first_layer_from_the_beginning_of_a_stream():
     assert layers == LAYERS[:1]
     with pytest.raises(BitstreamError, match="cut"):
         unpack(stream[:-7], FINGERPRINT, num_layers=1)
+
+
+@pytest.mark.parametrize("rate", [None, 0, 255])
+@pytest.mark.parametrize("guards", [({}, {}), ({0: 63}, {}), ({5: 0, 6: 1, 70_000: 2}, {127: 9})])
+def test_unpack__rate_and_guard_lists_come_back(rate: int | None, guards: tuple[dict[int, int], dict[int, int]]):
+    layers = [Layer(layer.payload, layer.digest, guard) for layer, guard in zip(LAYERS, guards, strict=True)]
+    info, found = unpack(pack(FINGERPRINT, 480, 640, layers, rate), FINGERPRINT)
+    assert found == layers
+    assert info.rate == rate
+
+
+def test_unpack__a_guard_list_longer_than_its_layer_is_damage():
+    whole = pack(FINGERPRINT, 480, 640, [Layer(b"", 0, {1: 2})])
+    start = describe(whole).header_bytes
+    for claim in (b"\x05\x01\x02", b"\xff\xff\xff\xff\x07", b"\x01\xff"):
+        fixed = whole[: start - 7]
+        check = google_crc32c.extend(google_crc32c.value(fixed), b"\0\0" + claim)
+        stream = fixed + bytes([len(claim), 0, 0]) + check.to_bytes(4, "little") + claim
+        with pytest.raises(BitstreamError):
+            unpack(stream, FINGERPRINT)
 
 
 def test_unpack__every_flipped_bit_is_noticed():
@@ -84,11 +105,12 @@ def test_unpack__layers_of_two_streams_do_not_mix():
         (b"\xff\xd8\xff\xe0 a photo", "not a dicm stream"),
         (pack(bytes(8), 480, 640, LAYERS), "codec 00000000, this is 01234567"),
         (pack(FINGERPRINT, 480, 640, LAYERS) + b"x", "bytes behind its end"),
-        (b"\xd1\xc3\x21" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 2"),
+        (b"\xd1\xc3\x31" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 3"),
         (pack(FINGERPRINT, 60_000, 60_000, LAYERS), "60000 x 60000"),
         (pack(FINGERPRINT, 10**9, 64, LAYERS), "sides must lie in"),
         (pack(FINGERPRINT, 8, 64, LAYERS), "sides must lie in"),
-        (b"\xd1\xc3\x11" + FINGERPRINT[:4] + b"\xff" * 20, "more than 35 bits"),
+        (b"\xd1\xc3\x11" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 1"),
+        (b"\xd1\xc3\x21" + FINGERPRINT[:4] + b"\xff" * 20, "more than 35 bits"),
         ("text", "this is str"),
     ],
 )
@@ -101,4 +123,5 @@ def test_pack__writes_the_documented_example():
     page = (Path(__file__).parents[3] / "docs" / "bitstream.md").read_text()
     rows = re.findall(r"^\| `([0-9a-f ]+)` \|", page, flags=re.MULTILINE)
     stream = bytes.fromhex("".join(rows))
-    assert stream == pack(bytes.fromhex("5b5dd38e"), 64, 300, [Layer(b"payload", 0x1234)])
+    layer = Layer(b"payload", 0x1234, {3: 7, 300: 8})
+    assert stream == pack(bytes.fromhex("5b5dd38e"), 64, 300, [layer], rate=255)

@@ -60,16 +60,16 @@ def test_encode_symbols__bytes_match_likelihoods(tables: CoderTables, scale: flo
     scales = scale * torch.empty(20000).uniform_(0.9, 1.1)
     values = (torch.randn(20000) * scales).round()
     _, likelihoods = LatentEntropy(1).eval().y2_likelihood(values, torch.zeros(20000), scales)
-    payload = encode_symbols([(tables.y2, values.int(), scale_indexes(scales.double()))])
+    payload = encode_symbols([(tables.y2, values.int(), scale_indexes(scales.double())[0])])
     estimate = float(likelihoods.log2().sum()) / -8
     assert abs(len(payload) - estimate) <= 0.01 * estimate + 8
 
 
 def test_scale_indexes__is_the_nearest_table():
     table = scale_table()
-    assert scale_indexes(torch.tensor(table, dtype=torch.float64)).tolist() == list(range(64))
+    assert scale_indexes(torch.tensor(table, dtype=torch.float64))[0].tolist() == list(range(64))
     scales = torch.tensor([-1.0, 0.0, 0.99 * table[30], 1.01 * table[30], 1e9], dtype=torch.float64)
-    assert scale_indexes(scales).tolist() == [0, 0, 30, 30, 63]
+    assert scale_indexes(scales)[0].tolist() == [0, 0, 30, 30, 63]
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x01\x02\x03\x04"])
