@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cv2
@@ -17,6 +18,9 @@ import numpy as np
 
 CLASSES = ("ball", "cushion", "pyramid", "ring", "star", "cross", "crescent", "heart", "arrow", "capsule")
 MAX_TURN = 0.8  # radians, of an object
+HABIT = 0.85  # share of the objects that wear the hue of their class
+MUTED = 0.45  # most vivid background
+HUE_SPREAD = 0.035  # around that hue; hues of classes lie 0.1 apart
 SHIFT = 4  # fractional bits of cv2's polygon corners
 
 
@@ -116,8 +120,17 @@ def outline(name: str) -> list[tuple[np.ndarray, int]]:
     return [*ends, (np.array([(-0.62, -0.38), (0.62, -0.38), (0.62, 0.38), (-0.62, 0.38)]), 255)]
 
 
-def paint(random: np.random.Generator, picture: np.ndarray, relief: Relief, light: Light) -> None:
-    """Cast the shadow of an object onto `picture`, then paint the object, textured and lit."""
+def draw_hue(random: np.random.Generator, kind: int) -> float | None:
+    """The hue of an object of class `kind`: that of its class, as with fruits, or now and then any."""
+    if random.random() >= HABIT:
+        return None
+    return (kind / len(CLASSES) + random.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1
+
+
+def paint(
+    random: np.random.Generator, picture: np.ndarray, relief: Relief, light: Light, hue: float | None = None
+) -> None:
+    """Cast the shadow of an object onto `picture`, then paint the object, textured and lit, in colours of `hue`."""
     outer, inner = relief.window(len(picture))
     target = picture[outer]
     if not target.size:
@@ -129,7 +142,11 @@ def paint(random: np.random.Generator, picture: np.ndarray, relief: Relief, ligh
     x, y = _grid(size, size)
     scale = relief.radius * 0.25
     material = draw_texture(
-        random, x - relief.slope_x * scale, y - relief.slope_y * scale, random.uniform(0.18, 0.6) * relief.radius
+        random,
+        x - relief.slope_x * scale,
+        y - relief.slope_y * scale,
+        random.uniform(0.18, 0.6) * relief.radius,
+        lambda: draw_colour(random) if hue is None else draw_colour(random, hue, 0.55, 0.95, 0.4),
     )
     facing = 1 / np.sqrt(1 + relief.slope_x**2 + relief.slope_y**2)
     diffuse = np.maximum(facing * (light_z - light_x * relief.slope_x - light_y * relief.slope_y), 0)
@@ -155,9 +172,11 @@ def _cast(target: np.ndarray, alpha: np.ndarray, inner: tuple[slice, slice], lig
     target *= (1 - strength * shadow[inner])[..., None]
 
 
-def draw_texture(random: np.random.Generator, x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
-    """(H, W, 3): two colours mixed by a pattern of about `period` pixels at coordinates x, y (H, W)."""
-    first, second = draw_colour(random), draw_colour(random)
+def draw_texture(
+    random: np.random.Generator, x: np.ndarray, y: np.ndarray, period: float, colour: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """(H, W, 3): two draws of `colour` mixed by a pattern of about `period` pixels at coordinates x, y (H, W)."""
+    first, second = colour(), colour()
     second = first + (second - first) * np.float32(random.uniform(0.25, 1.0))
     angle, phase = random.uniform(0, 2 * math.pi), random.uniform(0, 100)
     cos, sin = np.float32(math.cos(angle) / period), np.float32(math.sin(angle) / period)
@@ -183,10 +202,17 @@ def draw_texture(random: np.random.Generator, x: np.ndarray, y: np.ndarray, peri
     return first + (second - first) * pattern[..., None]
 
 
-def draw_colour(random: np.random.Generator) -> np.ndarray:
-    """(3,) RGB of any hue, grey to vivid, dark to bright."""
-    hue, saturation, value = random.random(), random.random() ** 0.7 * 0.9, random.uniform(0.2, 1.0)
-    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
+def draw_colour(
+    random: np.random.Generator,
+    hue: float | None = None,
+    least_vivid: float = 0.0,
+    most_vivid: float = 0.9,
+    least_bright: float = 0.2,
+) -> np.ndarray:
+    """(3,) RGB of `hue`, or of any; grey to vivid and dark to bright within the bounds."""
+    hue = random.random() if hue is None else hue
+    saturation = least_vivid + (most_vivid - least_vivid) * random.random() ** 0.7
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, random.uniform(least_bright, 1.0)), np.float32)
 
 
 def noise(random: np.random.Generator, shape: tuple[int, ...], period: float) -> np.ndarray:
@@ -202,12 +228,16 @@ def noise(random: np.random.Generator, shape: tuple[int, ...], period: float) ->
 def draw_background(random: np.random.Generator, side: int, light: Light) -> np.ndarray:
     """(S, S, 3): one or two materials in a pool of light."""
     x, y = _grid(side, side)
-    picture = draw_texture(random, x, y, random.uniform(0.05, 0.25) * side)
+
+    def colour() -> np.ndarray:
+        return draw_colour(random, most_vivid=MUTED)
+
+    picture = draw_texture(random, x, y, random.uniform(0.05, 0.25) * side, colour)
     if random.random() < 0.55:
         angle = random.uniform(0, math.pi)
         across = (x - side / 2) * np.float32(math.cos(angle)) + (y - side / 2) * np.float32(math.sin(angle))
         across -= np.float32(random.uniform(-0.25, 0.25) * side)
-        other = draw_texture(random, x, y, random.uniform(0.05, 0.25) * side)
+        other = draw_texture(random, x, y, random.uniform(0.05, 0.25) * side, colour)
         picture += np.clip(across + 0.5, 0, 1)[..., None] * (other - picture)
         # The nearer material lies a little above the other and shades its edge.
         edge = np.clip(1 - across / np.float32(0.05 * side), 0, 1) * (across > 0)

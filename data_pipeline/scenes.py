@@ -1,8 +1,9 @@
 """The embedded data set: procedural scenes with labels, boxes, instance masks and semantic classes.
 
 Textured backgrounds, several overlapping objects of ten shapes with cast shadows, and clutter behind and in front. A
-class is a shape: colour, texture, relief, light, size and turn are drawn for each object, so none of them gives it
-away. The image's label is the class of its dominant object, the largest, near the middle and never mostly hidden.
+class is a shape that mostly wears its own hue, as fruits do, so that little data teaches something of it; texture,
+relief, light, size and turn are drawn for each object and do not give it away. The image's label is the class of its
+dominant object, the largest, near the middle and never mostly hidden.
 Scene i of a split is a pure function of (seed, split, i), however many processes draw.
 """
 
@@ -25,6 +26,7 @@ from data_pipeline.rendering import (
     Relief,
     draw_background,
     draw_clutter,
+    draw_hue,
     draw_light,
     draw_relief,
     paint,
@@ -93,8 +95,8 @@ def draw_scene(seed: int, split: str, index: int, size: int) -> Sample:
     draw_clutter(random, picture, light, count=int(random.integers(1, 5)))
 
     kinds, reliefs, dominant = _arrange(random, side)
-    for relief in reliefs:
-        paint(random, picture, relief, light)
+    for kind, relief in zip(kinds, reliefs, strict=True):
+        paint(random, picture, relief, light, draw_hue(random, kind))
     covered = _visible(reliefs, side)
     covered *= 1 - draw_clutter(random, picture, light, count=int(random.integers(0, 3)))
 

@@ -30,7 +30,7 @@ from pretrain.run import resolve, run
 TRAIN, VAL, SIZE, SEED = 2000, 400, 64, 0
 WORKERS = 2
 MINUTES = 9
-RATES = (0.0, 0.5, 1.0)
+RATES = (0.0, 1.0)
 JPEG_QUALITIES = (1, 20)
 
 
@@ -79,7 +79,8 @@ def run_demo(
             f"run={folder}",
             "launcher=local",
             "workers=1",
-            "epochs=6",
+            "epochs=4",
+            "lr=0.05",
             *classification,
         ]
         commands.append(f"dicm finetune classification {' '.join(overrides)}")

@@ -94,15 +94,15 @@ def test_draw_scene__objects_overlap_and_classes_are_even(small: list[Sample]):
     assert np.mean([len(sample.boxes) for sample in small]) > 2
 
 
-def test_draw_scene__colour_does_not_tell_the_class(small: list[Sample]):
-    """The mean colour of an object varies as much inside a class as over all of them."""
+def test_draw_scene__colour_tells_the_class_mostly_but_not_always(small: list[Sample]):
+    """The mean colour of an object varies less inside a class than over all of them, but it varies."""
     colours = []
     for sample in small:
         pixels = np.asarray(Image.open(io.BytesIO(sample.image)), np.float32)
         colours.append(pixels[max(masks_of(sample), key=np.sum)].mean(0))
     values, labels = np.stack(colours), np.array([sample.label for sample in small])
     within = np.mean([values[labels == label].var(0).mean() for label in range(len(CLASSES))])
-    assert within > 0.8 * values.var(0).mean()
+    assert 0.25 * values.var(0).mean() < within < 0.85 * values.var(0).mean()
 
 
 def test_outline__every_class_has_its_own_silhouette():

@@ -30,7 +30,7 @@ def test_run_demo__ends_with_a_report_and_goes_on_where_it_was(tmp_path: Path):
     said = demo(out)
     assert "minutes" in said.splitlines()[0] and str(out / "report.html") in said.splitlines()[0]
     page = (out / "report.html").read_text()
-    for words in ("rate 0.5", "jpeg:1", "jpeg:20", "draw scenes", "dicm pretrain demo"):
+    for words in ("rate 1", "jpeg:1", "jpeg:20", "draw scenes", "dicm pretrain demo"):
         assert words in page
 
     pretrained = (out / "codec" / "model.safetensors").read_bytes()
