@@ -8,7 +8,6 @@ from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError
 
-
 # Options of a codec that may differ from those of the one it starts from: what they add starts fresh.
 ADDED = {"pretrained", "rate_points", "context", "context_depth", "base_channels", "guard"}
 

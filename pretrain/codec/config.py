@@ -20,13 +20,13 @@ class CodecConfig:
 
     re_channels: int = 128  # RE: width of its three stages
     re_latent: int = 192  # channels of y1, at H/32
-    re_depths: list[int] = field(default_factory=lambda: [1, 1, 2])  # blocks in each stage
+    re_depths: list[int] = field(default_factory=lambda: [1, 1, 2])  # blocks in each stage; 0: none there
     re_kernel: int = 11  # depthwise kernel of a Conv2Former block
     block: str = "conv2former"
 
     transform_channels: int = 128  # g_a, g_s: width at H/8
     latent_channels: int = 192  # channels of y2, at H/16
-    rgc_orders: list[int] = field(default_factory=lambda: [2, 3, 4])
+    rgc_orders: list[int] = field(default_factory=lambda: [2, 3, 4])  # at H/4, H/8, H/8; 0: no block there
     rgc_kernel: int = 7  # depthwise kernel of a recursive gated convolution
 
     hyper_dim: int = 384  # h_a, h_s: width of the tokens
@@ -63,8 +63,8 @@ class CodecConfig:
                 raise ConfigError(f"codec.{key}={value} is impossible; it must be at least 1")
         for key in ("re_depths", "rgc_orders"):
             value = getattr(self, key)
-            if len(value) != 3 or min(value) < 1:
-                raise ConfigError(f"codec.{key}={value} needs three numbers of at least 1")
+            if len(value) != 3 or min(value) < 0 or max(value) < 1:
+                raise ConfigError(f"codec.{key}={value} needs three numbers, 0 for none and one of at least 1")
         for key in ("re_kernel", "rgc_kernel"):
             if getattr(self, key) % 2 == 0:
                 raise ConfigError(f"codec.{key}={getattr(self, key)} must be odd")

@@ -155,6 +155,15 @@ class FeatureCodec(nn.Module):
             solve_quantiles(model)
         self._prior_stamp, self._coder_stamp = _stamp(self._priors()), None
 
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        """Compile the networks (`torch.compile`), in place: passes, encoding and decoding then run the compiled ones.
+
+        The part that decides symbols stays as it is, in float64.
+        """
+        head, prior = (self.backbone.stem, self.backbone.layer1), (self.redundancy.encoder, self.redundancy.decoder)
+        for network in (*head, *prior, self.g_a, self.g_s, self.h_a):
+            network.compile(*arguments, **options)
+
     def train(self, mode: bool = True) -> Self:
         """As in torch; in either direction, weights are looked at again before they are next coded with."""
         self._coder_stamp = self._prior_stamp = None

@@ -14,6 +14,11 @@ from pretrain.codec.config import CodecConfig
 from pretrain.codec.gated_conv import RGCBlock
 
 
+def _block(channels: int, order: int, kernel: int, global_local: bool = False) -> nn.Module:
+    """A gated convolution of `order`; none at order 0, where a narrow codec saves its most expensive places."""
+    return RGCBlock(channels, order, kernel, global_local) if order else nn.Identity()
+
+
 class AnalysisTransform(nn.Sequential):
     """g_a: f2 (N, C1, H/4, W/4) -> y2 (N, latent_channels, H/16, W/16)."""
 
@@ -21,12 +26,12 @@ class AnalysisTransform(nn.Sequential):
         width, latent, kernel = config.transform_channels, config.latent_channels, config.rgc_kernel
         shallow, middle, deep = config.rgc_orders
         super().__init__(
-            RGCBlock(channels, shallow, kernel),
+            _block(channels, shallow, kernel),
             nn.Conv2d(channels, width, 5, stride=2, padding=2),
             nn.LeakyReLU(inplace=True),
-            RGCBlock(width, middle, kernel),
+            _block(width, middle, kernel),
             nn.Conv2d(width, latent, 3, padding=1),
-            RGCBlock(latent, deep, kernel, global_local=True),
+            _block(latent, deep, kernel, global_local=True),
             nn.Conv2d(latent, latent, 5, stride=2, padding=2),
         )
 
@@ -39,10 +44,10 @@ class SynthesisTransform(nn.Sequential):
         shallow, middle, deep = config.rgc_orders
         super().__init__(
             nn.ConvTranspose2d(latent, latent, 5, stride=2, padding=2, output_padding=1),
-            RGCBlock(latent, deep, kernel, global_local=True),
+            _block(latent, deep, kernel, global_local=True),
             nn.Conv2d(latent, width, 3, padding=1),
-            RGCBlock(width, middle, kernel),
+            _block(width, middle, kernel),
             nn.LeakyReLU(inplace=True),
             nn.ConvTranspose2d(width, channels, 5, stride=2, padding=2, output_padding=1),
-            RGCBlock(channels, shallow, kernel),
+            _block(channels, shallow, kernel),
         )

@@ -1,161 +1,351 @@
-"""Time and size of real streams: bytes beside the estimated rate, encoding and decoding, throughput.
+"""The codec beside CompressAI's mbt2018-mean (quality 4) and bmshj2018-hyperprior, on the same images in one run.
 
-    python tests/benchmarks/codec.py --data PHOTOS [--codec CODEC] [--limit 24] [--threads 2] [--json FILE]
+    python tests/benchmarks/codec.py --data PHOTOS [--codec CODEC] [--limit 12] [--threads 2] [--only PART ...] [--json FILE]
 
-PHOTOS is searched for images. Without --codec, the network of recipe `small` with random weights is used,
-scaled so that its latents fill many symbols: its times are those of a trained codec, its rates are not.
+PHOTOS is searched for images. Parts, each with a table of its own and its figures in --json under its name:
 
-Figures in --json: `images` (size, bytes, estimate_bytes, encode_ms, decode_ms of each image), `ratio` (bytes
-over estimate, all images), `overhead_bytes` (mean of bytes beyond the estimate), `hyper_float64_ms` and
-`hyper_float32_ms` (h_s at 64 x 64 and 512 x 768, best of 5), and `batch` (images/s of encode_batch,
-decode_batch and both at 64 x 64).
+    rate     real bytes against the estimate, and what the guard list costs: all images, and crops of odd sizes
+    symbols  symbols that change under other thread counts, memory formats and scales off by up to the guard: none
+    speed    512 x 768: encode, share of entropy coding, bytes to the input of layer2; multiply-adds; a profile
+    memory   peak of encoding 1024 x 2048, each codec in a process of its own
+    growth   encoding time per pixel from 256 x 256 to 2048 x 2048
+
+`rate` and `symbols` are of --codec where given. The others are of the authors' widths (recipe dicm_resnet50) and of recipe
+`fast`, with random weights whose latents are scaled to a deviation of one, as are CompressAI's: times depend on how
+many symbols there are and hardly on their values. CompressAI's decoder gives pixels, so stem and layer1 are added to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import interpolate
+from compressai.zoo import bmshj2018_hyperprior, mbt2018_mean
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.io import ImageReadMode, decode_image
 
 from data_pipeline.views import normalize
+from pretrain.codec import bitstream
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.run import resolve
 
+PARTS = ("rate", "symbols", "speed", "memory", "growth")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-SMALL = CodecConfig(
-    backbone="resnet18", re_channels=48, re_latent=64, transform_channels=64, latent_channels=96,
-    hyper_dim=96, hyper_heads=3, hyper_head_dim=32, z_channels=64,
-)  # fmt: skip
+SIZES = [(16, 16), (17, 31), (64, 65), (333, 500), (1024, 2048)]
+OURS = ("dicm", "fast")
+THEIRS = {"mbt2018-mean": mbt2018_mean, "bmshj2018-hyperprior": bmshj2018_hyperprior}
+CONSOLE = Console(width=120)
 
 
-def random_codec(images: Tensor) -> FeatureCodec:
-    """The small network with random weights, latents scaled to a deviation of one, Gaussians to fit."""
+def our_codec(name: str, image: Tensor) -> FeatureCodec:
+    """A codec of a recipe's widths, random weights scaled so that y2 and z have a deviation of one."""
+    config: CodecConfig = resolve({"dicm": "dicm_resnet50"}.get(name, name), ["data=none"]).codec
     torch.manual_seed(0)
-    codec = FeatureCodec(SMALL).eval()
-    with torch.no_grad():
-        for layer, part in ((codec.g_a[-1], 0), (codec.h_a[-1], 1)):
-            layer.weight.mul_(1 / codec._analyse(images)[part].std())
+    codec = FeatureCodec(config).eval().requires_grad_(False)
+    images = normalize(image[None].float() / 255)
+    with torch.inference_mode():
+        codec.g_a[-1].weight.div_(codec._analyse(images)[0].std())
+        codec.h_a[-1].weight.div_(codec._analyse(images)[1].std())
         y2, _ = codec._analyse(images)
         codec.h_s.head.weight.mul_(0.1)
         codec.h_s.head.bias.copy_(torch.cat([y2.mean(dim=(0, 2, 3)), y2.std(dim=(0, 2, 3))]))
-    return codec.requires_grad_(False)
+    return codec
 
 
-def seconds(function: Callable[[], Any], repeat: int) -> float:
-    """Shortest of `repeat` runs."""
+class TheirCodec(nn.Module):
+    """A CompressAI model with random weights scaled alike, and the head of a ResNet-50 that reads its pixels."""
+
+    def __init__(self, name: str, image: Tensor, head: Callable[[Tensor], Tensor]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = THEIRS[name](quality=4, pretrained=False).eval().requires_grad_(False)
+        self._head = (head,)
+        images = image[None].float() / 255
+        with torch.inference_mode():
+            self.model.g_a[-1].weight.div_(self.model.g_a(images).std())
+            y = self.model.g_a(images)
+            z_of = (lambda y: self.model.h_a(y)) if name == "mbt2018-mean" else (lambda y: self.model.h_a(y.abs()))
+            self.model.h_a[-1].weight.div_(z_of(y).std())
+        self.model.update(force=True)
+
+    @torch.inference_mode()
+    def encode(self, image: Tensor) -> dict[str, Any]:
+        """Their streams and shape; sides are multiples of 64 here."""
+        return self.model.compress(image[None].float() / 255)
+
+    @torch.inference_mode()
+    def decode(self, stream: dict[str, Any]) -> Tensor:
+        """Pixels, then the input of layer2."""
+        pixels = self.model.decompress(stream["strings"], stream["shape"])["x_hat"]
+        return self._head[0](normalize(pixels))
+
+
+def create(name: str, image: Tensor) -> FeatureCodec | TheirCodec:
+    """A codec by name."""
+    return our_codec(name, image) if name in OURS else TheirCodec(name, image, our_codec("dicm", image).backbone.head)
+
+
+def milliseconds(function: Callable[[], Any], repeat: int) -> float:
+    """Median of `repeat` runs after one that warms up."""
+    function()
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
         function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
-def squares(images: list[Tensor], count: int) -> Tensor:
-    """`count` images of 64 x 64, uint8, from the middle of `images`."""
-    small = []
-    for image in images:
-        side = min(image.shape[-2:])
-        top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
-        middle = image[None, :, top : top + side, left : left + side].float()
-        small.append(interpolate(middle, size=(64, 64), mode="bilinear", antialias=True).round().byte())
-    return torch.cat(small * (count // len(small) + 1))[:count]
+def resized(image: Tensor, height: int, width: int) -> Tensor:
+    """(3, height, width) uint8 of any image: its middle where it is large enough, else mirrored outwards."""
+    while image.shape[-2] < height or image.shape[-1] < width:
+        image = torch.cat([image, image.flip(-1)], dim=-1)
+        image = torch.cat([image, image.flip(-2)], dim=-2)
+    top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
+    return image[:, top : top + height, left : left + width].contiguous()
 
 
-def measure_image(codec: FeatureCodec, image: Tensor) -> dict[str, Any]:
-    """Bytes, estimate and times of one image."""
-    stream = codec.encode(image)
-    with torch.inference_mode():
-        estimate = float(codec(normalize(image[None].float() / 255)).bits) / 8
-    return {
-        "size": list(image.shape[-2:]),
-        "bytes": len(stream),
-        "estimate_bytes": estimate,
-        "encode_ms": 1e3 * seconds(lambda: codec.encode(image), 3),
-        "decode_ms": 1e3 * seconds(lambda: codec.decode(stream), 3),
+def measure_rate(codec: FeatureCodec, images: list[Tensor]) -> dict[str, Any]:
+    """Bytes against estimate and header, an entry for each image and size; the guard's share of all bytes."""
+    entries, guard_bytes, all_bytes = [], 0, 0
+    for image in [*images, *(resized(images[0], *size) for size in SIZES)]:
+        stream = codec.encode(image)
+        with torch.inference_mode():
+            estimate = float(codec(normalize(image[None].float() / 255)).bits) / 8
+        info, layers = bitstream.unpack(stream, codec.fingerprint)
+        bare = [bitstream.Layer(layer.payload, layer.digest) for layer in layers]
+        plain = bitstream.pack(codec.fingerprint, info.height, info.width, bare, info.rate)
+        guard_bytes, all_bytes = guard_bytes + len(stream) - len(plain), all_bytes + len(stream)
+        entries.append(
+            {
+                "size": list(image.shape[-2:]),
+                "bytes": len(stream),
+                "header": info.header_bytes,
+                "estimate": estimate,
+                "gap": len(stream) / (estimate + info.header_bytes) - 1,
+            }
+        )
+    gaps = sorted(abs(entry["gap"]) for entry in entries)
+    large = sorted(abs(entry["gap"]) for entry in entries[: len(images)])
+    figures = {
+        "entries": entries,
+        "median_gap": statistics.median(gaps),
+        "worst_gap": gaps[-1],
+        "worst_gap_photographs": large[-1],
+        "guard_share": guard_bytes / all_bytes,
     }
-
-
-def measure_hyper(codec: FeatureCodec) -> dict[str, dict[str, float]]:
-    """h_s with scale indexes in float64, as the coder runs it, beside float32; milliseconds an image."""
-    coder, figures = codec._ready(), {"hyper_float64_ms": {}, "hyper_float32_ms": {}}
-    with torch.inference_mode():
-        for name, height, width in (("64x64", 1, 1), ("512x768", 8, 12)):
-            z = torch.zeros(1, codec.config.z_channels, height, width, dtype=torch.int32)
-            figures["hyper_float64_ms"][name] = 1e3 * seconds(lambda z=z: coder.predict(z), 5)
-            figures["hyper_float32_ms"][name] = 1e3 * seconds(lambda z=z: codec.h_s(z.float()), 5)
+    table = Table("size", "bytes", "header", "estimate", "gap", title="rate: bytes against estimate + header")
+    for entry in entries:
+        size = "x".join(map(str, entry["size"]))
+        numbers = (
+            f"{entry['bytes']}",
+            f"{entry['header']}",
+            f"{entry['estimate']:.1f}",
+            f"{100 * entry['gap']:+.2f} %",
+        )
+        table.add_row(size, *numbers)
+    CONSOLE.print(table)
+    print(
+        f"gap: median {100 * gaps[len(gaps) // 2]:.2f} %, worst {100 * gaps[-1]:.2f} %, of whole photographs "
+        f"{100 * large[-1]:.2f} %; guard lists are {100 * figures['guard_share']:.4f} % of all bytes"
+    )
     return figures
 
 
-def measure_batch(codec: FeatureCodec, images: Tensor) -> dict[str, float]:
-    """Images a second at 64 x 64."""
-    streams = codec.encode_batch(images)
-    encode = seconds(lambda: codec.encode_batch(images), 3)
-    decode = seconds(lambda: codec.decode_batch(streams), 3)
-    return {
-        "encode_per_second": len(images) / encode,
-        "decode_per_second": len(images) / decode,
-        "both_per_second": len(images) / (encode + decode),
-        "mean_bytes": sum(map(len, streams)) / len(streams),
-    }
+def measure_symbols(codec: FeatureCodec, images: list[Tensor]) -> dict[str, int]:
+    """How many images decode to other symbols under each disturbance; a failed digest counts."""
+    streams = [codec.encode(image) for image in images]
+    expected = [codec.decode_latents([stream]) for stream in streams]
+    threads, forward = torch.get_num_threads(), codec._ready().h_s.forward
+    generator = torch.Generator().manual_seed(0)
+
+    def disturbed(z_hat: Tensor) -> tuple[Tensor, Tensor]:
+        means, scales = forward(z_hat)
+        noise = 2 * torch.rand(scales.shape, generator=generator, dtype=scales.dtype) - 1
+        return means, scales * (1 + 0.99 * codec.config.guard * noise)
+
+    def changed() -> int:
+        count = 0
+        for stream, latents in zip(streams, expected, strict=True):
+            try:
+                # Another symbol is off by one; means may differ by the last bits of float64.
+                count += not torch.allclose(codec.decode_latents([stream]), latents, atol=1e-3)
+            except bitstream.BitstreamError:
+                count += 1
+        return count
+
+    figures = {"images": len(images)}
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        figures[f"{count} threads"] = changed()
+    torch.set_num_threads(threads)
+    codec._ready().h_s.forward = disturbed  # type: ignore[method-assign]
+    figures["scales off by the guard"] = changed()
+    codec._ready().h_s.forward = forward  # type: ignore[method-assign]
+    codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    figures["channels_last"] = changed()
+    codec.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    table = Table("disturbance", "images with other symbols", title=f"symbols of {len(images)} images")
+    for name, count in figures.items():
+        table.add_row(name, str(count))
+    CONSOLE.print(table)
+    return figures
+
+
+def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
+    """Times and multiply-adds of one image of 512 x 768."""
+    figures: dict[str, Any] = {}
+    for name in (*OURS, *THEIRS):
+        codec = create(name, image)
+        stream = codec.encode(image)
+        row = {
+            "encode_ms": milliseconds(lambda c=codec: c.encode(image), repeat),
+            "decode_ms": milliseconds(lambda c=codec, s=stream: c.decode(s), repeat),
+            "encode_gmac": gmac(lambda c=codec: c.encode(image)),
+            "decode_gmac": gmac(lambda c=codec, s=stream: c.decode(s)),
+        }
+        if isinstance(codec, FeatureCodec):
+            with codec._coding(), torch.inference_mode():
+                y2, z = codec._analyse(normalize(image[None].float() / 255))
+            coder = codec._ready()
+            symbols = (
+                coder.predict(torch.zeros_like(z).int(), [None]),
+                torch.round(z)[0].int(),
+                torch.round(y2)[0].int(),
+            )
+            predicted, z_symbols, y2_symbols = symbols
+            layers = (z_symbols, y2_symbols, predicted.indexes[0], predicted.close[0])
+            row["coding_ms"] = milliseconds(lambda c=coder, p=layers: c._layers(*p), repeat)
+        figures[name] = row
+        if name == "dicm":
+            figures["profile"] = profiled(lambda c=codec: c.encode(image))
+    table = Table("codec", "encode ms", "to layer2 ms", "coding ms", "share", "encode GMAC", "decode GMAC",
+                  title="speed at 512 x 768, medians")  # fmt: skip
+    for name in (*OURS, *THEIRS):
+        row = figures[name]
+        coding = row.get("coding_ms")
+        table.add_row(
+            name, f"{row['encode_ms']:.0f}", f"{row['decode_ms']:.0f}", f"{coding:.1f}" if coding else "",
+            f"{100 * coding / row['encode_ms']:.1f} %" if coding else "", f"{row['encode_gmac']:.1f}",
+            f"{row['decode_gmac']:.1f}",
+        )  # fmt: skip
+    CONSOLE.print(table)
+    for name in OURS:
+        ratios = {
+            key: figures[name][f"{key}_ms"] / figures["mbt2018-mean"][f"{key}_ms"] for key in ("encode", "decode")
+        }
+        figures[name]["ratios"] = ratios
+        print(f"{name} over mbt2018-mean: encode {ratios['encode']:.2f}, bytes to layer2 {ratios['decode']:.2f}")
+    print(figures["profile"])
+    return figures
+
+
+def gmac(function: Callable[[], Any]) -> float:
+    """Multiply-adds, in 10^9."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / 2e9
+
+
+def profiled(function: Callable[[], Any]) -> str:
+    """The operators that take most of the time."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        function()
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=48)
+
+
+def measure_memory(data: Path) -> dict[str, float]:
+    """Peak MiB above what the loaded codec takes, of encoding 1024 x 2048; `tile` is ours in tiles of 512."""
+    figures = {}
+    for name, tile in (("dicm", 0), ("dicm", 512), ("fast", 0), ("mbt2018-mean", 0)):
+        command = [sys.executable, __file__, "--data", str(data), "--peak-of", name, "--tile", str(tile)]
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        figures[name + (" tile" if tile else "")] = float(out.splitlines()[-1])
+    table = Table("codec", "MiB", title="memory: peak of encoding 1024 x 2048, above the loaded codec")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.0f}")
+    CONSOLE.print(table)
+    return figures
+
+
+def peak_of(name: str, image: Tensor, tile: int) -> float:
+    """Peak MiB of this process while `name` encodes, above what it had before."""
+    codec = create(name, resized(image, 256, 256))
+    codec.encode(resized(image, 64, 64))
+    large = resized(image, 1024, 2048)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    codec.encode(large, **({"tile": tile} if tile else {}))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def measure_growth(image: Tensor) -> dict[str, float]:
+    """Nanoseconds a pixel of encoding, by side; decoding beside it."""
+    codec = our_codec("dicm", resized(image, 256, 256))
+    figures: dict[str, float] = {}
+    table = Table("side", "encode ns/pixel", "decode ns/pixel", title="growth")
+    for side, repeat in ((256, 9), (512, 5), (1024, 3), (2048, 1)):
+        picture = resized(image, side, side)
+        stream = codec.encode(picture)
+        encode = 1e6 * milliseconds(lambda p=picture: codec.encode(p), repeat) / side**2
+        decode = 1e6 * milliseconds(lambda s=stream: codec.decode(s), repeat) / side**2
+        figures[f"encode_{side}"], figures[f"decode_{side}"] = encode, decode
+        table.add_row(str(side), f"{encode:.0f}", f"{decode:.0f}")
+    CONSOLE.print(table)
+    ratio = figures["encode_2048"] / figures["encode_256"]
+    print(f"per pixel, 2048 over 256: encode {ratio:.2f}, decode {figures['decode_2048'] / figures['decode_256']:.2f}")
+    return figures
 
 
 def main() -> None:
-    """Measure, print a table, write the figures."""
+    """Measure, print, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images, searched through")
-    parser.add_argument("--codec", help="exported codec; without it, a small one with random weights")
-    parser.add_argument("--limit", type=int, default=24, help="number of images")
+    parser.add_argument("--codec", help="exported codec, for rate and symbols; without it the authors' widths")
+    parser.add_argument("--limit", type=int, default=12, help="number of images")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--tile", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         parser.error(f"--data {options.data}: no images")
+    if options.peak_of:
+        print(peak_of(options.peak_of, decode_image(str(files[0]), mode=ImageReadMode.RGB), options.tile))
+        return
     images = [decode_image(str(path), mode=ImageReadMode.RGB) for path in files[: options.limit]]
-    small = squares(images, 128)
-    codec = (
-        FeatureCodec.from_pretrained(options.codec)
-        if options.codec
-        else random_codec(normalize(small[:32].float() / 255))
-    )
-
-    rows = [measure_image(codec, image) for image in images]
-    total, estimate = (sum(row[key] for row in rows) for key in ("bytes", "estimate_bytes"))
-    figures = {
-        "images": rows,
-        "ratio": total / estimate,
-        "overhead_bytes": (total - estimate) / len(rows),
-        **measure_hyper(codec),
-        "batch": measure_batch(codec, small),
-    }
-
-    print(f"{'size':>11} {'bytes':>8} {'estimate':>9} {'ratio':>6} {'encode ms':>10} {'decode ms':>10}")
-    for row in rows:
-        size, ratio = "x".join(map(str, row["size"])), row["bytes"] / row["estimate_bytes"]
-        print(
-            f"{size:>11} {row['bytes']:8d} {row['estimate_bytes']:9.0f} {ratio:6.3f} "
-            f"{row['encode_ms']:10.1f} {row['decode_ms']:10.1f}"
-        )
-    print(f"bytes over estimate {figures['ratio']:.4f}, {figures['overhead_bytes']:+.1f} bytes an image")
-    for name, double in figures["hyper_float64_ms"].items():
-        print(f"h_s at {name}: float64 {double:.1f} ms, float32 {figures['hyper_float32_ms'][name]:.1f} ms")
-    batch = figures["batch"]
-    print(
-        f"64x64 in batches of {len(small)}: encode {batch['encode_per_second']:.0f}, decode "
-        f"{batch['decode_per_second']:.0f}, both {batch['both_per_second']:.0f} images/s "
-        f"({options.threads} threads, {batch['mean_bytes']:.0f} bytes an image)"
-    )
+    standard = resized(images[0], 512, 768)
+    figures: dict[str, Any] = {}
+    if {"rate", "symbols"} & set(options.only):
+        codec = FeatureCodec.from_pretrained(options.codec) if options.codec else our_codec("dicm", standard)
+        if "rate" in options.only:
+            figures["rate"] = measure_rate(codec, images)
+        if "symbols" in options.only:
+            figures["symbols"] = measure_symbols(codec, images)
+    if "speed" in options.only:
+        figures["speed"] = measure_speed(standard, options.repeat)
+    if "memory" in options.only:
+        figures["memory"] = measure_memory(options.data)
+    if "growth" in options.only:
+        figures["growth"] = measure_growth(images[0])
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

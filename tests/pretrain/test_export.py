@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import assert_refused, dicm
+from conftest import assert_refused, dicm, small_run
 from torchvision.io import write_png
 
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.export import export, load_run
+from pretrain.run import run
 
 
 def test_export__holds_three_files_and_no_pickle(exported_codec: Path):
@@ -77,3 +78,24 @@ def test_encode__codec_folder_with_a_file_missing_or_damaged(exported_codec: Pat
         folder = shutil.copytree(exported_codec, tmp_path / name.replace(".", "_"))
         damage(folder / name)
         assert_refused(dicm("encode", tmp_path / "a.png", "-o", tmp_path / "out", "--codec", folder), name)
+
+
+def test_pretrain__starts_from_a_codec_and_adds_a_range_of_rates(exported_codec: Path, scenes: Path, tmp_path: Path):
+    """All weights that both have are taken; gains and their rates are new."""
+    options = ["only=[codec]", "codec.rate_points=3", "stages.codec.rates=[3,1,0.3]", f"init={exported_codec}"]
+    folder = run(small_run(scenes, tmp_path / "range", *options))
+    codec = FeatureCodec.from_pretrained(export(folder, tmp_path / "codec"))
+    start = FeatureCodec.from_pretrained(exported_codec)
+    assert torch.equal(codec.redundancy.encoder[0].weight, start.redundancy.encoder[0].weight)
+    assert not torch.equal(codec.g_a[-1].weight, start.g_a[-1].weight)
+    assert codec.y2_gain is not None
+    untrained = torch.linspace(-0.5, 0.5, 3)[:, None].expand_as(codec.y2_gain.log_gain)
+    assert not torch.equal(codec.y2_gain.log_gain, untrained)
+    card = (tmp_path / "codec" / "README.md").read_text()
+    for rate in ("0", "0.5", "1"):
+        assert f"at rate={rate} |" in card
+
+
+def test_pretrain__a_codec_of_other_widths_is_no_start(exported_codec: Path, scenes: Path, tmp_path: Path):
+    result = dicm("pretrain", "small", f"data={scenes}", f"run={tmp_path}", "launcher=local", f"init={exported_codec}")
+    assert_refused(result, "init=", "codec.", "set codec.")

@@ -7,6 +7,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.codec.config import CodecConfig
+from pretrain.codec.gated_conv import RGCBlock
 from pretrain.codec.transforms import AnalysisTransform, SynthesisTransform
 
 CHANNELS = 32
@@ -86,3 +87,15 @@ def test_transforms__cost_what_is_said_of_them():
     assert y2.shape == (1, 192, 14, 14)
     assert analysis.get_total_flops() / 2e9 == pytest.approx(3.8, rel=0.05)
     assert synthesis.get_total_flops() / 2e9 == pytest.approx(3.8, rel=0.05)
+
+
+def test_transforms__order_zero_leaves_a_block_out():
+    """What the fast configuration saves: no gated convolution at the finest places."""
+    torch.manual_seed(0)
+    config = CodecConfig(transform_channels=16, latent_channels=16, rgc_orders=[0, 2, 3])
+    g_a, g_s = AnalysisTransform(8, config), SynthesisTransform(8, config)
+    assert not any(isinstance(module, RGCBlock) for module in (g_a[0], g_s[-1]))
+    assert sum(isinstance(module, RGCBlock) for module in g_a) == 2
+    y2 = g_a(torch.rand(1, 8, 16, 32))
+    assert y2.shape == (1, 16, 4, 8)
+    assert g_s(y2).shape == (1, 8, 16, 32)
