@@ -3,9 +3,8 @@
     images -> read ahead in threads -> FeatureCodec.encode -> NAME.dicm
     NAME.dicm -> FeatureCodec.decode -> NAME.npy | NAME.safetensors | NAME.png
 
-The network takes nine tenths of the time on a CPU and all its cores, so reading alone is overlapped with it:
-entropy coding in a thread of its own gained nothing more, and two images at once were slower. Every file
-appears under its name whole or not at all.
+On a CPU the network takes nearly all of the time, and all cores; reading, the one part whose time depends on
+disks, is overlapped with it. Every file appears under its name whole or not at all.
 """
 
 from __future__ import annotations
