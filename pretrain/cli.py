@@ -54,6 +54,8 @@ def encode(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the streams.")],
     codec: Annotated[str, typer.Option(help="Exported codec: folder or hub id.")] = "codec",
+    rate: Annotated[float | None, typer.Option(help="Rate, from 0 (smallest streams) to 1.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Most bytes that a stream may have.")] = None,
 ) -> None:
     """Encode images to bitstreams, NAME.dicm.
 
@@ -61,9 +63,10 @@ def encode(
     """
     from pretrain.coding import encode_files
 
-    result = encode_files(codec, images, out, console)
+    result = encode_files(codec, images, out, console, rate, max_bytes)
     console.print(
-        f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp"
+        f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp, "
+        f"{result.images_per_second:.2f} images/s"
         + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else "")
     )
 
@@ -71,8 +74,18 @@ def encode(
 @app.command()
 def decode(
     streams: Annotated[list[Path], typer.Argument(help="Bitstreams, or folders of them.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the features, NAME.npy (C, H/4, W/4) float32.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Folder for the features; or, of one stream, a file: .npy, .safetensors or .png."
+        ),
+    ],
     codec: Annotated[str, typer.Option(help="Exported codec: folder or hub id.")] = "codec",
+    format: Annotated[
+        str | None,
+        typer.Option(help="In a folder: npy (default) or safetensors, (C, H/4, W/4) float32; or png, a picture."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Last layer to read, base or rest; default all.")] = None,
 ) -> None:
     """Decode bitstreams to features f3.
 
@@ -80,5 +93,5 @@ def decode(
     """
     from pretrain.coding import decode_files
 
-    num_files = decode_files(codec, streams, out, console)
+    num_files = decode_files(codec, streams, out, console, format, layers)
     console.print(f"{num_files} streams -> {out}")

@@ -1,37 +1,67 @@
-"""Files to streams and streams to features, for the commands `dicm encode` and `dicm decode`."""
+"""Files to streams and streams to features, for the commands `dicm encode` and `dicm decode`.
+
+    images -> read ahead in threads -> FeatureCodec.encode -> NAME.dicm
+    NAME.dicm -> FeatureCodec.decode -> NAME.npy | NAME.safetensors | NAME.png
+
+On a CPU the network takes nearly all of the time, and all cores; reading, the one part whose time depends on
+disks, is overlapped with it. Every file appears under its name whole or not at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_image, encode_png
 
+from pretrain.codec.backbone import HEAD_STRIDE
+from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.errors import CodecError
+from pretrain.errors import CodecError, ConfigError
+from pretrain.feature_picture import feature_picture
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 STREAM_SUFFIX = ".dicm"
+FORMATS = ("npy", "safetensors", "png")
+READERS = 2
+# Images that are read or being read while one is encoded; bounds memory.
+AHEAD = 4
+
+R = TypeVar("R")
 
 
 @dataclass
 class Encoded:
-    """What `encode_files` wrote: counts, and the files that could not be read, each with its reason."""
+    """What `encode_files` wrote: counts, its time, and the files that could not be encoded, each with its reason."""
 
     num_files: int = 0
     num_bytes: int = 0
     num_pixels: int = 0
+    seconds: float = 0.0
     rejected: list[str] = field(default_factory=list)
 
     @property
     def bits_per_pixel(self) -> float:
         """Mean rate over all pixels."""
         return 8 * self.num_bytes / max(self.num_pixels, 1)
+
+    @property
+    def images_per_second(self) -> float:
+        """Over reading, coding and writing, the codec's loading aside."""
+        return self.num_files / max(self.seconds, 1e-9)
 
 
 def read_image(path: Path) -> Tensor:
@@ -42,64 +72,209 @@ def read_image(path: Path) -> Tensor:
         raise CodecError(f"{path}: not an image that can be decoded ({str(error).splitlines()[0]})") from error
 
 
-def encode_files(codec: str, sources: list[Path], out: Path, console: Console) -> Encoded:
+def encode_files(
+    codec: str,
+    sources: list[Path],
+    out: Path,
+    console: Console,
+    rate: float | None = None,
+    max_bytes: int | None = None,
+) -> Encoded:
     """Encode every image of `sources` to `out`/NAME.dicm; of several images, those that fail are left out by name.
 
+    Args:
+        codec: exported folder or hub id.
+        sources: images, or folders of images.
+        out: folder, made where it is missing.
+        console: for the progress bar.
+        rate: 0..1, passed on to `FeatureCodec.encode` where given.
+        max_bytes: likewise.
+
     Raises:
-        CodecError: no image found, two images of one name, or the only image does not decode.
+        ConfigError: `rate` or `max_bytes` out of range.
+        CodecError: no image found, two images of one name, the only image fails, `out` cannot be written.
     """
+    limits = _limits(rate, max_bytes)
     files = _targets(sources, IMAGE_SUFFIXES, out, STREAM_SUFFIX)
+    _check_writable(out)
     model = FeatureCodec.from_pretrained(codec)
-    out.mkdir(parents=True, exist_ok=True)
-    result = Encoded()
-    with Progress(console=console, transient=True) as progress:
-        for source, target in progress.track(files.items(), description="encoding"):
+    result, start = Encoded(), time.perf_counter()
+    with _progress(console) as progress:
+        task = progress.add_task("encoding", total=len(files), figures="")
+        for (source, target), reading in zip(files.items(), _read_ahead(files), strict=True):
             try:
-                image = read_image(source)
-                stream = model.encode(image)
+                image = reading.result()
+                stream = _named(source, model.encode, image, **limits)
             except CodecError as error:
                 if len(files) == 1:
                     raise
                 result.rejected.append(str(error))
+                progress.advance(task)
                 continue
-            target.write_bytes(stream)
+            _write(target, stream)
             result.num_files += 1
             result.num_bytes += len(stream)
             result.num_pixels += image.shape[-1] * image.shape[-2]
+            result.seconds = time.perf_counter() - start
+            figures = f"{result.images_per_second:.2f} images/s, {result.bits_per_pixel:.4f} bpp"
+            progress.update(task, advance=1, figures=figures)
     return result
 
 
-def decode_files(codec: str, sources: list[Path], out: Path, console: Console) -> int:
-    """Decode every stream of `sources` to `out`/NAME.npy, (C, ceil(H/4), ceil(W/4)) float32; returns their number.
+def decode_files(
+    codec: str,
+    sources: list[Path],
+    out: Path,
+    console: Console,
+    format: str | None = None,
+    last_layer: str | None = None,
+) -> int:
+    """Decode every stream of `sources` to f3, (C, ceil(H/4), ceil(W/4)) float32; returns their number.
+
+    Args:
+        codec: exported folder or hub id.
+        sources: streams, or folders of streams.
+        out: folder for NAME.npy; or, for one stream, a file whose name ends in one of `FORMATS`.
+        console: for the progress bar.
+        format: one of `FORMATS`, for a folder. npy holds f3; safetensors f3 with the metadata height, width and
+            fingerprint of its codec; png the `feature_picture` of f3, as large as the image.
+        last_layer: the last layer of a stream that is read; all where None.
 
     Raises:
-        CodecError, BitstreamError: no stream found, or one that is damaged or of another codec, by name.
+        ConfigError: no such format or layer, or a format that contradicts the name of `out`.
+        CodecError, BitstreamError: no stream found, one that is damaged or of another codec, by name, several for
+            one file, `out` cannot be written.
     """
-    files = _targets(sources, {STREAM_SUFFIX}, out, ".npy")
+    if last_layer is not None and last_layer not in LAYER_NAMES:
+        raise ConfigError(f"--layers={last_layer}: no such layer; choose one of {', '.join(LAYER_NAMES)}")
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"--format={format}: no such format; choose one of {', '.join(FORMATS)}")
+    named = _format_of_file(out, format)
+    files = _targets(sources, {STREAM_SUFFIX}, out, f".{format or FORMATS[0]}")
+    if named and len(files) > 1:
+        raise CodecError(f"{out}: one file for {len(files)} streams; name a folder and add --format {named}")
+    if named:
+        files = dict.fromkeys(files, out)
+    _check_writable(out.parent if named else out)
     model = FeatureCodec.from_pretrained(codec)
-    out.mkdir(parents=True, exist_ok=True)
-    with Progress(console=console, transient=True) as progress:
-        for source, target in progress.track(files.items(), description="decoding"):
-            try:
-                features = model.decode(source.read_bytes())
-            except CodecError as error:
-                raise type(error)(f"{source}: {error}") from error
-            np.save(target, features[0].numpy())
+    with _progress(console) as progress:
+        task = progress.add_task("decoding", total=len(files), figures="")
+        for source, target in files.items():
+            stream = _read_stream(source)
+            features = _named(source, model.decode, stream, last_layer)[0].cpu()
+            fingerprint = model.fingerprint.hex()
+            _write(target, _file_of(features, target.suffix[1:].lower(), model.describe(stream), fingerprint))
+            progress.advance(task)
     return len(files)
+
+
+def _limits(rate: float | None, max_bytes: int | None) -> dict[str, Any]:
+    """The options of `FeatureCodec.encode` that were given."""
+    if rate is not None and not 0 <= rate <= 1:
+        raise ConfigError(f"--rate={rate}: out of range; choose a number in 0..1")
+    if max_bytes is not None and max_bytes < 1:
+        raise ConfigError(f"--max-bytes={max_bytes}: out of range; choose a whole number from 1")
+    return {name: value for name, value in {"rate": rate, "max_bytes": max_bytes}.items() if value is not None}
+
+
+def _format_of_file(out: Path, format: str | None) -> str | None:
+    """The format that the name `out` asks for where it is one file's, None where it is a folder's."""
+    suffix = out.suffix[1:].lower()
+    if out.is_dir() or not suffix:
+        return None
+    if suffix not in FORMATS:
+        endings = ", ".join(f".{name}" for name in FORMATS)
+        raise ConfigError(
+            f"--out={out}: a file cannot end in {out.suffix}; choose one of {endings}, or a folder "
+            "(make it first where its name has a dot)"
+        )
+    if format not in (None, suffix):
+        raise ConfigError(f"--format={format}: contradicts --out={out}; leave one of them out")
+    return suffix
+
+
+def _read_ahead(files: Iterable[Path]) -> Iterator[Future[Tensor]]:
+    """Every image in order, the next few read in threads meanwhile."""
+    left = iter(files)
+    with ThreadPoolExecutor(READERS) as pool:
+        pending = deque(pool.submit(read_image, file) for file in islice(left, AHEAD))
+        try:
+            while pending:
+                yield pending.popleft()
+                pending.extend(pool.submit(read_image, file) for file in islice(left, 1))
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _read_stream(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CodecError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+
+
+def _named(source: Path, function: Callable[..., R], *arguments: Any, **options: Any) -> R:
+    """`function` of the contents of `source`, whose name goes before what it finds wrong with them."""
+    try:
+        return function(*arguments, **options)
+    except CodecError as error:
+        raise type(error)(f"{source}: {error}") from error
+
+
+def _file_of(features: Tensor, format: str, info: StreamInfo, fingerprint: str) -> bytes:
+    """The file of features (C, h, w) in one of `FORMATS`."""
+    if format == "png":
+        picture = feature_picture(features, HEAD_STRIDE)[:, : info.height, : info.width]
+        return encode_png(picture.contiguous()).numpy().tobytes()
+    if format == "safetensors":
+        metadata = {"height": str(info.height), "width": str(info.width), "fingerprint": fingerprint}
+        return save({"f3": features.contiguous()}, metadata)
+    buffer = io.BytesIO()
+    np.save(buffer, features.numpy())
+    return buffer.getvalue()
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise CodecError where files cannot be put into `folder`, which may have to be made, before work is lost."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise CodecError(f"{folder}: {nearest} is a file; name another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise CodecError(f"{folder}: {nearest} cannot be written; change its permissions or name another folder")
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CodecError(f"{path}: cannot be written ({error.strerror}); free space or name another place") from error
+
+
+def _progress(console: Console) -> Progress:
+    """A bar with room for a task's `figures`."""
+    figures = TextColumn("{task.fields[figures]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def _targets(sources: list[Path], suffixes: set[str], out: Path, suffix: str) -> dict[Path, Path]:
     files = [file for source in sources for file in _files(source, suffixes)]
     if not files:
         raise CodecError(f"{', '.join(map(str, sources))}: no file that ends in {', '.join(sorted(suffixes))}")
-    targets: dict[Path, Path] = {}
+    firsts: dict[Path, Path] = {}
     for file in files:
         target = out / (file.stem + suffix)
-        if target in targets.values():
-            first = next(source for source, other in targets.items() if other == target)
+        first = firsts.setdefault(target, file)
+        if first is not file:
             raise CodecError(f"{first} and {file} would both be written to {target}; use two output folders")
-        targets[file] = target
-    return targets
+    return {file: target for target, file in firsts.items()}
 
 
 def _files(source: Path, suffixes: set[str]) -> Iterator[Path]:

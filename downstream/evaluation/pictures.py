@@ -6,11 +6,12 @@ import io
 from typing import Any
 
 import matplotlib as mpl
-import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.io import encode_png
+
+from pretrain.feature_picture import feature_picture
 
 INK = "#808890"  # readable on light and on dark ground
 SERIES = {"codec": "#2f7ed8", "jpeg": "#d9822b", "webp": "#9467bd", "avif": "#c23b6b", "clean pixels": "#59a14f"}
@@ -19,17 +20,7 @@ MARKERS = {"codec": "o", "jpeg": "s", "webp": "^", "avif": "D"}
 
 def pca_picture(features: Tensor, size: int) -> Tensor:
     """(3, size, size) uint8: the first three principal components of features (C, h, w) as red, green and blue."""
-    channels, height, width = features.shape
-    flat = features.float().reshape(channels, -1).T
-    flat = flat - flat.mean(dim=0)
-    _, _, directions = torch.pca_lowrank(flat, q=min(3, *flat.shape), center=False, niter=4)
-    # A component's sign is arbitrary; fixed, so that pictures of like features look alike.
-    directions = directions * directions.sum(dim=0).sign().where(directions.sum(dim=0) != 0, torch.tensor(1.0))
-    components = F.pad(flat @ directions, (0, 3 - directions.shape[1])).T.view(3, height, width)
-    low = components.flatten(1).quantile(0.02, dim=1).view(3, 1, 1)
-    high = components.flatten(1).quantile(0.98, dim=1).view(3, 1, 1)
-    scaled = ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-    return F.interpolate(scaled[None], size=(size, size), mode="nearest")[0].mul(255).round().to(torch.uint8)
+    return F.interpolate(feature_picture(features, scale=1)[None], size=(size, size), mode="nearest")[0]
 
 
 def png(image: Tensor) -> bytes:
