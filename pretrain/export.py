@@ -1,6 +1,7 @@
 """From a run folder to a frozen codec that others load: `model.safetensors`, `config.json`, README.md.
 
-With `onnx`, also the networks as graphs (`graphs.py`). Only tensors, JSON and ONNX leave a run; nothing in an exported folder can execute code.
+On request also the networks as graphs, `*.onnx` (`graphs.py`). Only tensors, graphs and JSON leave a run; nothing in
+an exported folder can execute code.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ whose shapes or operators do not travel. They are replaced by ones with the same
 - attention pads to whole windows and masks, so that no shape depends on which of side and window is smaller;
 - the filter over the Fourier plane becomes products with matrices of cosines and sines, since ONNX has no inverse
   real transform; that costs H x W x (H + W), not H x W x log, which at these planes, H/8, is little;
-- h_s in float64 does without convolution and erf, which onnxruntime has in float32 alone.
+- h_s in float64 does without convolution and erf, which onnxruntime has in float32 alone, and without constants
+  that the exporter would round to float32.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class HyperDecoderGraph(nn.Module):
 
     def __init__(self, codec: FeatureCodec):
         super().__init__()
-        self.h_s = _graph_of(codec.h_s, {nn.Conv2d: Pointwise, nn.GELU: PreciseGELU}).double()
+        forms = {nn.Conv2d: Pointwise, nn.GELU: PreciseGELU, nn.LayerNorm: PreciseLayerNorm}
+        self.h_s = _graph_of(codec.h_s, forms, torch.float64)
 
     def forward(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
         return self.h_s(z_hat)
@@ -157,6 +159,10 @@ class PaddedAttention(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.window = attention.heads, attention.head_dim, attention.window
         self.qkv, self.proj = attention.qkv, attention.proj
+        # The scale of scores goes into the query's weights: as a factor, onnxruntime would make it float32.
+        with torch.no_grad():
+            for parameter in (self.qkv.weight, self.qkv.bias):
+                parameter[: self.heads * self.head_dim] *= self.head_dim**-0.5
         self.register_buffer("bias", attention._bias(self.window, self.window).detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +173,7 @@ class PaddedAttention(nn.Module):
         x = x.view(count, down, side, across, side, dim).transpose(2, 3).reshape(count, down * across, tokens, dim)
         qkv = self.qkv(x).view(count, down * across, tokens, 3, self.heads, self.head_dim)
         query, key, value = qkv.permute(3, 0, 1, 4, 2, 5)
-        scores = query @ key.transpose(-2, -1) * self.head_dim**-0.5 + self.bias
+        scores = query @ key.transpose(-2, -1) + self.bias
         inside_y, inside_x = (
             (torch.arange(n * side) < length).view(n, side) for n, length in ((down, height), (across, width))
         )
@@ -224,6 +230,22 @@ class Pointwise(nn.Module):
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class PreciseLayerNorm(nn.Module):
+    """LayerNorm over the last axis; ONNX's own has its epsilon in float32.
+
+    Sums stand for means because onnxruntime would take the pattern with means back into its own operator.
+    """
+
+    def __init__(self, norm: nn.LayerNorm):
+        super().__init__()
+        self.weight, self.bias, self.epsilon = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.sum(-1, keepdim=True) / x.shape[-1]
+        variance = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+        return x / (variance + _exact(self.epsilon)).sqrt() * self.weight + self.bias
+
+
 class PreciseGELU(nn.Module):
     """GELU in float64 with `precise_erf`."""
 
@@ -231,7 +253,7 @@ class PreciseGELU(nn.Module):
         super().__init__()
 
     def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * x * (1 + precise_erf(x * math.sqrt(0.5)))
+        return 0.5 * x * (1 + precise_erf(x * _exact(math.sqrt(0.5))))
 
 
 def linear_matrix(size: int, new_size: int) -> Tensor:
@@ -246,7 +268,7 @@ def fourier_matrices(size: int, num_columns: int) -> tuple[Tensor, Tensor]:
     # Exact integers modulo one turn, then float64: float32 angles would lose digits on large planes.
     places = torch.arange(size)
     turn = places[-1:] + 1
-    angle = (places[:, None] * torch.arange(num_columns) % turn).double() * (2 * math.pi) / turn
+    angle = (places[:, None] * torch.arange(num_columns) % turn).double() * _exact(2 * math.pi) / turn
     norm = turn.double().sqrt()
     return (angle.cos() / norm).float(), (angle.sin() / norm).float()
 
@@ -283,17 +305,26 @@ def precise_erf(x: Tensor) -> Tensor:
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     """By Horner's rule, highest power first."""
-    value = coefficients[0] * x + coefficients[1]
-    for coefficient in coefficients[2:]:
-        value = value * x + coefficient
+    value = _exact(coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + _exact(coefficient)
     return value
 
 
-def _graph_of(module: nn.Module, further: Mapping[type, Callable[[Any], nn.Module]] | None = None) -> Any:
-    """A frozen copy of `module` on the CPU, with graph forms in place of what has one."""
+def _exact(number: float) -> Tensor:
+    """A constant of float64; a Python number in a graph becomes one of float32."""
+    return torch.tensor(number, dtype=torch.float64)
+
+
+def _graph_of(
+    module: nn.Module,
+    further: Mapping[type, Callable[[Any], nn.Module]] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A frozen copy of `module` on the CPU, with graph forms in place of what has one; a form may change the copy."""
     forms = {WindowedAttention: PaddedAttention, GlobalLocalFilter: MatrixFilter, **(further or {})}
     with torch.inference_mode(False), torch.no_grad():
-        copied = copy.deepcopy(module).cpu().float().eval()
+        copied = copy.deepcopy(module).cpu().to(dtype).eval()
         _replace(copied, forms)
     return copied.requires_grad_(False)
 
