@@ -223,8 +223,10 @@ class Pointwise(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.linear = nn.Linear(conv.in_channels, conv.out_channels)
-        self.linear.weight, self.linear.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
+        self.linear = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias is not None)
+        self.linear.weight = nn.Parameter(conv.weight.flatten(1))
+        if conv.bias is not None:
+            self.linear.bias = conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -322,7 +324,11 @@ def _graph_of(
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """A frozen copy of `module` on the CPU, with graph forms in place of what has one; a form may change the copy."""
-    forms = {WindowedAttention: PaddedAttention, GlobalLocalFilter: MatrixFilter, **(further or {})}
+    forms: dict[type, Callable[[Any], nn.Module]] = {
+        WindowedAttention: PaddedAttention,
+        GlobalLocalFilter: MatrixFilter,
+        **(further or {}),
+    }
     with torch.inference_mode(False), torch.no_grad():
         copied = copy.deepcopy(module).cpu().to(dtype).eval()
         _replace(copied, forms)

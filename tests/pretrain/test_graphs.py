@@ -156,9 +156,9 @@ def test_export__onnx_is_stated_with_its_opset_and_goes_with_the_next_export(pre
     assert again.returncode == 0 and not list((tmp_path / "codec").glob("*.onnx"))
 
 
-def test_export__onnx_packages_missing(pretrained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_export__onnx_packages_missing_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(graphs, "REQUIRED", ("onnx", "no_such_package"))
-    result = dicm("export", pretrained_run, tmp_path / "codec", "--onnx")
+    result = dicm("export", tmp_path / "run", tmp_path / "codec", "--onnx")
     assert_refused(result, "no_such_package", "pip install 'dicm[export]'")
     assert not (tmp_path / "codec").exists()
 
