@@ -226,7 +226,7 @@ class Pointwise(nn.Module):
         self.linear = nn.Linear(conv.in_channels, conv.out_channels, bias=conv.bias is not None)
         self.linear.weight = nn.Parameter(conv.weight.flatten(1))
         if conv.bias is not None:
-            self.linear.bias = conv.bias
+            self.linear.bias = nn.Parameter(conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
