@@ -37,14 +37,19 @@ def pretrain(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder of `dicm pretrain`.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: model.safetensors, config.json, README.md.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="Add encoder, hyper_decoder and decoder as ONNX files.")] = False,
 ) -> None:
     """Freeze a run's codec into a folder that FeatureCodec.from_pretrained reads.
 
-    Example: dicm export runs/tiny codec
+    Example: dicm export runs/tiny codec --onnx
     """
     from pretrain.export import export as export_codec
 
-    folder = export_codec(run, out)
+    folder = export_codec(run, out, onnx=onnx)
+    if onnx:
+        from pretrain.graphs import ONNX_FILES, OPSET
+
+        console.print(f"{', '.join(ONNX_FILES)}: opset {OPSET}")
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     console.print(f"wrote {folder} ({size:.1f} MiB); next: dicm finetune classification codec={folder} data=...")
 

@@ -1,6 +1,7 @@
 """From a run folder to a frozen codec that others load: `model.safetensors`, `config.json`, README.md.
 
-Only tensors and JSON leave a run; nothing in an exported folder can execute code.
+On request also the networks as graphs, `*.onnx` (`graphs.py`). Only tensors, graphs and JSON leave a run; nothing in
+an exported folder can execute code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from data_pipeline.shards import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError
+from pretrain.graphs import ONNX_FILES, OPSET, export_onnx, require_onnx
 
 
 def load_run(run: Path) -> tuple[FeatureCodec, PretrainConfig, int]:
@@ -36,22 +38,31 @@ def load_run(run: Path) -> tuple[FeatureCodec, PretrainConfig, int]:
     return codec.eval().requires_grad_(False), config, step
 
 
-def export(run: Path | str, out: Path | str) -> Path:
+def export(run: Path | str, out: Path | str, onnx: bool = False) -> Path:
     """Write the frozen codec of `run` to the folder `out`, replacing an earlier export there; returns `out`.
+
+    Args:
+        onnx: write the three graphs of `graphs.export_onnx` too.
 
     Raises:
         CheckpointError: `run` has nothing to export.
-        CodecError: `out` holds files that are not an exported codec.
+        CodecError: `out` holds files that are not an exported codec, or packages for ONNX are missing.
     """
     run, out = Path(run), Path(out)
-    allowed = {"model.safetensors", "config.json", "README.md"}
+    if onnx:
+        require_onnx()
+    allowed = {"model.safetensors", "config.json", "README.md", *ONNX_FILES}
     if out.is_file() or (out.is_dir() and (foreign := {path.name for path in out.iterdir()} - allowed)):
         what = "is a file" if out.is_file() else f"holds {sorted(foreign)[0]}, which is not part of a codec"
         raise CodecError(f"{out} {what}; name a new folder")
     codec, config, step = load_run(run)
     facts = training_facts(run, config, step)
+    for name in ONNX_FILES:  # an earlier export's graphs are another codec's
+        (out / name).unlink(missing_ok=True)
     codec.save_pretrained(out, extra=facts)
-    (out / "README.md").write_text(model_card(out.name, config, facts))
+    if onnx:
+        export_onnx(codec, out)
+    (out / "README.md").write_text(model_card(out.name, config, facts) + (graphs_card() if onnx else ""))
     return out
 
 
@@ -114,3 +125,18 @@ stream = codec.encode(image)  # (3, H, W) uint8 -> bytes
 f3 = codec.decode(stream)  # (1, C, ceil(H/4), ceil(W/4)) float32
 ```
 """.replace('{"C"}', "C")
+
+
+def graphs_card() -> str:
+    """The README's part on ONNX files, in Markdown."""
+    return f"""
+ONNX, opset {OPSET}, any batch and size (H and W multiples of 64):
+
+| file | input | outputs |
+|---|---|---|
+| encoder.onnx | images (N, 3, H, W) float32, normalised | y2 (H/16), z (H/64) |
+| hyper_decoder.onnx | z_hat (H/64) float64 | means, scales of y2 (H/16) float64 |
+| decoder.onnx | y2_hat (H/16) float32 | f3 (N, C, H/4, W/4) |
+
+The loop around them, with padding, rounding and coding, is `docs/onnx_codec.py` of the dicm repository.
+"""
