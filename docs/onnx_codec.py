@@ -21,10 +21,13 @@ from torch import Tensor
 
 from pretrain.codec import bitstream
 from pretrain.codec.bitstream import Layer, symbol_digest
+from pretrain.codec.coder import guard_list, guarded
 from pretrain.codec.entropy import CoderTables, SymbolDecoder, encode_symbols, scale_indexes
+from pretrain.codec.gains import RateGains
 from pretrain.errors import BitstreamError, CodecError
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)[:, None, None]
+GAINS = ("z_gain", "y2_gain")
 STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)[:, None, None]
 
 
@@ -47,30 +50,34 @@ class OnnxCodec:
         self.tables = CoderTables.from_tensors(tensors)
         self.medians = tensors["entropy.z.quantiles"][:, 0, 1].double().view(-1, 1, 1).numpy()
         self.z_channels, self.latent_channels = config["z_channels"], config["latent_channels"]
+        self.guard = config["guard"]
+        self.gains = [RateGains.of(tensors[f"{name}.log_gain"]) for name in GAINS if f"{name}.log_gain" in tensors]
         base = config["base_channels"] or self.latent_channels
         self.groups = [slice(0, base), slice(base, self.latent_channels)][: 1 if base == self.latent_channels else 2]
         self.encoder, self.hyper_decoder, self.decoder = (
             self._session(folder / f"{name}.onnx", threads) for name in ("encoder", "hyper_decoder", "decoder")
         )
 
-    def encode(self, image: np.ndarray) -> bytes:
-        """The stream of an image (3, H, W) uint8 RGB, H, W >= 16."""
+    def encode(self, image: np.ndarray, rate: float = 1.0) -> bytes:
+        """The stream of an image (3, H, W) uint8 RGB, H, W >= 16, at `rate` where the codec has a range of them."""
+        level = round(rate * bitstream.MAX_RATE) if self.gains else None
+        z_gain, y2_gain = self._gains(level)
         height, width = image.shape[-2:]
         if wrong := bitstream.check_size(height, width):
             raise CodecError(f"image of {wrong}; resize or tile it")
         images = ((image.astype(np.float32) / 255 - MEAN) / STD)[None]
         y2, z = self.encoder.run(None, {"images": pad(images)})
-        z_symbols = np.round(z[0] - self.medians).astype(np.int32)
-        means, indexes = self._predict(z_symbols)
-        y2_symbols = torch.from_numpy(np.round(y2[0] - means).astype(np.int32))
+        z_symbols = np.round(z[0] * z_gain - self.medians).astype(np.int32)
+        means, indexes, close = self._predict(z_symbols, level)
+        y2_symbols = torch.from_numpy(np.round((y2[0] - means) * y2_gain).astype(np.int32))
         z_part = (self.tables.z, torch.from_numpy(z_symbols).flatten(), self._z_indexes(z_symbols.shape))
         layers = []
         for number, channels in enumerate(self.groups):
             parts = [(self.tables.y2, y2_symbols[channels].flatten(), indexes[channels].flatten())]
             parts = [z_part, *parts] if number == 0 else parts
             digest = symbol_digest(torch.cat([symbols for _, symbols, _ in parts]))
-            layers.append(Layer(encode_symbols(parts), digest))
-        return bitstream.pack(self.fingerprint, height, width, layers)
+            layers.append(Layer(encode_symbols(parts), digest, guard_list(indexes[channels], close[channels])))
+        return bitstream.pack(self.fingerprint, height, width, layers, level)
 
     def decode(self, stream: bytes) -> np.ndarray:
         """f3 (1, C1, ceil(H/4), ceil(W/4)) float32 of a stream (BitstreamError: damaged, or of another codec)."""
@@ -88,10 +95,10 @@ class OnnxCodec:
         z_indexes = self._z_indexes(z_shape)
         reader = SymbolDecoder(layers[0].payload, z_indexes.numel() + num_places * self.groups[0].stop)
         z_symbols = reader.read(self.tables.z, z_indexes)
-        means, indexes = self._predict(z_symbols.view(z_shape).numpy())
+        means, indexes, _ = self._predict(z_symbols.view(z_shape).numpy(), info.rate)
         y2_symbols = []
         for number, (layer, channels) in enumerate(zip(layers, self.groups, strict=True)):
-            chosen = indexes[channels].flatten()
+            chosen = guarded(indexes[channels].flatten(), layer)
             if number:
                 reader = SymbolDecoder(layer.payload, chosen.numel())
             symbols = reader.read(self.tables.y2, chosen)
@@ -100,12 +107,24 @@ class OnnxCodec:
                     f"layer {bitstream.LAYER_NAMES[number]} decodes to other symbols than were encoded"
                 )
             y2_symbols.append(symbols)
-        return (torch.cat(y2_symbols).numpy().reshape(means.shape) + means).astype(np.float32)[None]
+        residuals = torch.cat(y2_symbols).numpy().reshape(means.shape) / self._gains(info.rate)[1]
+        return (residuals + means).astype(np.float32)[None]
 
-    def _predict(self, z_symbols: np.ndarray) -> tuple[np.ndarray, Tensor]:
-        """Means (float64) and table indexes (int32) of y2, of z's symbols; the same at both ends."""
-        means, scales = self.hyper_decoder.run(None, {"z_hat": (z_symbols + self.medians)[None]})
-        return means[0], scale_indexes(torch.from_numpy(scales[0]))
+    def _predict(self, z_symbols: np.ndarray, level: int | None) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Means (float64), table indexes (int32) and close calls of y2, of z's symbols; the same at both ends."""
+        z_gain, y2_gain = self._gains(level)
+        means, scales = self.hyper_decoder.run(None, {"z_hat": ((z_symbols + self.medians) / z_gain)[None]})
+        return means[0], *scale_indexes(torch.from_numpy(scales[0] * y2_gain), self.guard)
+
+    def _gains(self, level: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Gains (C, 1, 1) of z and y2, float64."""
+        if (level is None) != (not self.gains):
+            raise BitstreamError("stream is damaged: whether it names a rate does not fit its codec")
+        if level is None:
+            return np.ones((1, 1, 1)), np.ones((1, 1, 1))
+        position = torch.tensor([level], dtype=torch.float64) / bitstream.MAX_RATE
+        z_gain, y2_gain = (gain(position)[0].numpy() for gain in self.gains)
+        return z_gain, y2_gain
 
     def _z_indexes(self, z_shape: tuple[int, ...]) -> Tensor:
         return torch.arange(z_shape[0], dtype=torch.int32).repeat_interleave(z_shape[1] * z_shape[2])

@@ -79,7 +79,7 @@ def run_demo(
             f"run={folder}",
             "launcher=local",
             "workers=1",
-            "epochs=4",
+            "epochs=3",
             "lr=0.05",
             *classification,
         ]

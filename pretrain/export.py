@@ -17,7 +17,7 @@ from data_pipeline.shards import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError
-from pretrain.graphs import ONNX_FILES, OPSET, export_onnx, require_onnx
+from pretrain.graphs import ONNX_FILES, OPSET, check_graphs, export_onnx, require_onnx
 
 
 def load_run(run: Path) -> tuple[FeatureCodec, PretrainConfig, int]:
@@ -56,6 +56,8 @@ def export(run: Path | str, out: Path | str, onnx: bool = False) -> Path:
         what = "is a file" if out.is_file() else f"holds {sorted(foreign)[0]}, which is not part of a codec"
         raise CodecError(f"{out} {what}; name a new folder")
     codec, config, step = load_run(run)
+    if onnx:
+        check_graphs(config.codec)
     facts = training_facts(run, config, step)
     for name in ONNX_FILES:  # an earlier export's graphs are another codec's
         (out / name).unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from pretrain.codec.coder import Z_STRIDE
+from pretrain.codec.config import CodecConfig
 from pretrain.codec.entropy import bottleneck_round
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.gated_conv import FILTER_SIZE, GlobalLocalFilter
@@ -43,6 +44,12 @@ OUTPUTS = {ENCODER: ["y2", "z"], HYPER_DECODER: ["means", "scales"], DECODER: ["
 # In each file: the codec whose graph it is, as `FeatureCodec.fingerprint` in hexadecimal.
 FINGERPRINT_KEY = "dicm.fingerprint"
 REQUIRED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def check_graphs(config: CodecConfig) -> None:
+    """Refuse (CodecError) a codec with parts that have no graph."""
+    if config.context != "none":
+        raise CodecError(f"codec.context={config.context} has no ONNX graph; export without --onnx, or train with none")
 
 
 def require_onnx() -> None:
@@ -59,6 +66,7 @@ def export_onnx(codec: FeatureCodec, folder: Path | str) -> list[Path]:
         CodecError: the packages of the extra `export` are missing, or `folder` cannot be written.
     """
     require_onnx()
+    check_graphs(codec.config)
     fingerprint, paths = codec.fingerprint.hex(), []
     for name, program in export_programs(codec).items():
         onnx_program = torch.onnx.export(

@@ -193,7 +193,7 @@ class StreamCoder:
     ) -> None:
         """Fill the groups of y2_symbols (C, H, W) that were sent; z's were read from the first layer already."""
         for number, (layer, channels) in enumerate(zip(layers, self.groups, strict=False)):
-            chosen = _guarded(indexes[channels].flatten(), layer)
+            chosen = guarded(indexes[channels].flatten(), layer)
             if number:
                 reader = SymbolDecoder(layer.payload, chosen.numel())
             found = reader.read(self.tables.y2, chosen)
@@ -216,7 +216,7 @@ class StreamCoder:
         for places in (anchors, ~anchors):
             indexes = predicted.indexes.cpu()
             for number, (layer,) in enumerate(images):
-                chosen = _guarded(indexes[number].flatten(), layer, places.flatten()).view(places.shape)[places]
+                chosen = guarded(indexes[number].flatten(), layer, places.flatten()).view(places.shape)[places]
                 found = readers[number].read(self.tables.y2, chosen)
                 y2_symbols[number][places] = found
                 parts[number].append(found)
@@ -239,9 +239,7 @@ class StreamCoder:
             if number == 0:
                 parts.insert(0, (self.tables.z, z_symbols.flatten(), self._z_indexes(z_symbols)))
             digest = symbol_digest(torch.cat([symbols for _, symbols, _ in parts]))
-            places = close[channels].flatten().nonzero()[:, 0].tolist()
-            guard = dict(zip(places, chosen.flatten()[places].tolist(), strict=True))
-            layers.append(Layer(encode_symbols(parts), digest, guard))
+            layers.append(Layer(encode_symbols(parts), digest, guard_list(chosen, close[channels])))
         return layers
 
     @staticmethod
@@ -250,7 +248,13 @@ class StreamCoder:
         return torch.arange(len(z_symbols), dtype=torch.int32).repeat_interleave(z_symbols[0].numel())
 
 
-def _guarded(indexes: Tensor, layer: Layer, places: Tensor | None = None) -> Tensor:
+def guard_list(indexes: Tensor, close: Tensor) -> dict[int, int]:
+    """Table by place of the close calls among a layer's indexes (C, H, W)."""
+    places = close.flatten().nonzero()[:, 0].tolist()
+    return dict(zip(places, indexes.flatten()[places].tolist(), strict=True))
+
+
+def guarded(indexes: Tensor, layer: Layer, places: Tensor | None = None) -> Tensor:
     """The reader's own indexes (flat), where the writer did not list its own (BitstreamError: impossible ones).
 
     Args:

@@ -27,6 +27,13 @@ class RateGains(nn.Module):
         super().__init__()
         self.log_gain = nn.Parameter(torch.linspace(-spread, spread, points)[:, None].repeat(1, channels))
 
+    @classmethod
+    def of(cls, log_gain: Tensor) -> RateGains:
+        """Frozen gains of a trained table (points, channels), in float64."""
+        gains = cls(*log_gain.shape).double().requires_grad_(False)
+        gains.log_gain.copy_(log_gain)
+        return gains
+
     def forward(self, rate: Tensor) -> Tensor:
         """Gains (N, channels, 1, 1) at rates (N,) in 0..1, in the parameters' type."""
         last = len(self.log_gain) - 1

@@ -23,10 +23,11 @@ SIZES = [(40, 70), (256, 272), (320, 384)]
 
 @pytest.fixture(scope="module")
 def codec() -> FeatureCodec:
-    """A narrow codec with two layers whose every block counts: scales of residuals are far from their start, zero."""
+    """A narrow codec with two layers and a range of rates whose every block counts: scales of residuals are far from their start, zero."""
     config = CodecConfig(
         backbone="resnet18", re_channels=16, re_latent=16, re_depths=[1, 1, 1], transform_channels=16,
         latent_channels=16, hyper_dim=24, hyper_heads=2, hyper_head_dim=12, z_channels=8, base_channels=4,
+        rate_points=2, guard=1e-4,
     )  # fmt: skip
     torch.manual_seed(0)
     codec = FeatureCodec(config).eval().requires_grad_(False)
@@ -109,7 +110,7 @@ def test_export_programs__equal_torch_at_any_size(codec: FeatureCodec):
 @pytest.mark.parametrize("size", SIZES)
 def test_onnx_codec__streams_are_exchanged_both_ways(codec, folder, loop, size: tuple[int, int]):
     ours, image = loop.OnnxCodec(folder, threads=1), picture(*size)
-    for stream in (ours.encode(image.numpy()), codec.encode(image)):
+    for stream in (ours.encode(image.numpy(), rate=0.4), codec.encode(image, rate=0.4), codec.encode(image)):
         latents = codec.decode_latents([stream])
         assert latents.unique().numel() > 100
         np.testing.assert_allclose(ours.decode_latents(stream), latents.numpy(), atol=1e-6)
