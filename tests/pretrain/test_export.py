@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import assert_refused, dicm, small_run
-from torchvision.io import write_png
+from torchvision.io import decode_image, write_png
 
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.export import export, load_run
@@ -94,6 +94,15 @@ def test_pretrain__starts_from_a_codec_and_adds_a_range_of_rates(exported_codec:
     card = (tmp_path / "codec" / "README.md").read_text()
     for rate in ("0", "0.5", "1"):
         assert f"at rate={rate} |" in card
+
+    write_png(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8), str(tmp_path / "a.png"))
+    limit = len(codec.encode(decode_image(str(tmp_path / "a.png")), rate=0.5))
+    for option, value in (("--rate", "0.25"), ("--max-bytes", str(limit))):
+        out = tmp_path / option
+        result = dicm("encode", tmp_path / "a.png", "-o", out, "--codec", tmp_path / "codec", option, value)
+        assert result.returncode == 0, result.stderr
+        stream = (out / "a.dicm").read_bytes()
+        assert codec.describe(stream).rate == 64 if option == "--rate" else len(stream) <= limit
 
 
 def test_pretrain__a_codec_of_other_widths_is_no_start(exported_codec: Path, scenes: Path, tmp_path: Path):
