@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import assert_refused, dicm, small_run
+from conftest import SHORT, assert_refused, dicm, small_run
 from torchvision.io import decode_image, write_png
 
 from pretrain.codec.feature_codec import FeatureCodec
@@ -106,5 +106,6 @@ def test_pretrain__starts_from_a_codec_and_adds_a_range_of_rates(exported_codec:
 
 
 def test_pretrain__a_codec_of_other_widths_is_no_start(exported_codec: Path, scenes: Path, tmp_path: Path):
-    result = dicm("pretrain", "small", f"data={scenes}", f"run={tmp_path}", "launcher=local", f"init={exported_codec}")
+    options = ["launcher=local", "workers=1", *SHORT, f"init={exported_codec}"]
+    result = dicm("pretrain", "small", f"data={scenes}", f"run={tmp_path}", *options)
     assert_refused(result, "init=", "codec.", "set codec.")
