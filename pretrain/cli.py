@@ -72,7 +72,8 @@ def encode(
     console.print(
         f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp, "
         f"{result.images_per_second:.2f} images/s"
-        + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else "")
+        + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else ""),
+        soft_wrap=True,  # names stay whole, to be copied
     )
 
 
@@ -99,4 +100,4 @@ def decode(
     from pretrain.coding import decode_files
 
     num_files = decode_files(codec, streams, out, console, format, layers)
-    console.print(f"{num_files} streams -> {out}")
+    console.print(f"{num_files} streams -> {out}", soft_wrap=True)
