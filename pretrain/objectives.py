@@ -7,7 +7,7 @@ Source: DICM (Tang, Yi, Wang 2025), with the weights of section 3 of the plan in
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.codec.backbone import Backbone
-from pretrain.codec.feature_codec import FeatureCodec, bits_per_image
+from pretrain.codec.entropy import bits_per_image
+from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import StageConfig
 from pretrain.ssl.methods import Method
 
@@ -27,11 +28,9 @@ class Losses(NamedTuple):
     parts: dict[str, Tensor]
 
 
-def bits_per_pixel(likelihoods: list[Tensor], images: Tensor) -> Tensor:
-    """Mean estimated rate of a batch: -log2 of all likelihoods over all pixels of `images` (N, 3, H, W)."""
-    num_pixels = images.shape[0] * images.shape[-2] * images.shape[-1]
-    nats = torch.stack([likelihood.float().log().sum() for likelihood in likelihoods]).sum()
-    return nats / (-math.log(2) * num_pixels)
+def bits_per_pixel(likelihoods: Iterable[Tensor], images: Tensor) -> Tensor:
+    """Estimated rate (N,) of each image: -log2 of its likelihoods over the pixels of `images` (N, 3, H, W)."""
+    return bits_per_image(likelihoods) / (images.shape[-2] * images.shape[-1])
 
 
 def l1_distance(f2: Tensor, f1: Tensor, relative: bool) -> Tensor:
@@ -79,7 +78,7 @@ class ContrastObjective(nn.Module):
         total = self.stage.contrast * contrast
         parts = {"contrast": contrast.detach()}
         if outputs[0].f2 is not None:
-            bpp = torch.stack([bits_per_pixel([output.y1_likelihoods], view0) for output in outputs]).mean()
+            bpp = torch.stack([bits_per_pixel([output.y1_likelihoods], view0).mean() for output in outputs]).mean()
             distortion = torch.stack(
                 [l1_distance(output.f2, output.f1, self.stage.relative) for output in outputs]
             ).mean()
@@ -102,7 +101,7 @@ class RedundancyObjective(nn.Module):
         with torch.no_grad():
             f1 = backbone.head(view)
         f2, likelihoods = self.redundancy(f1)
-        bpp = bits_per_pixel([likelihoods], view)
+        bpp = bits_per_pixel([likelihoods], view).mean()
         distortion = l1_distance(f2, f1, self.stage.relative)
         total = rate_weight * bpp + self.stage.distortion * distortion
         fidelity, parts = tail_distances(backbone, f2, f1, self.stage)
@@ -133,17 +132,14 @@ class CompressionObjective(nn.Module):
         (codec,) = self.codec
         with torch.no_grad():
             f2, _ = codec.redundancy(codec.backbone.head(view))
+        rate, weights = None, rate_weight
         if self.stage.rates:
             points = torch.randint(len(self.stage.rates), (len(view),), device=view.device)
+            rate = points / (len(self.stage.rates) - 1)
             weights = torch.tensor(self.stage.rates, device=view.device)[points]
-            f3, likelihoods = codec.compress_features(f2, points / (len(self.stage.rates) - 1))
-            bpp = bits_per_image(likelihoods.values()) / (view.shape[-1] * view.shape[-2])
-            rate, bpp = (weights * bpp).mean(), bpp.mean()
-        else:
-            f3, likelihoods = codec.compress_features(f2)
-            bpp = bits_per_pixel(list(likelihoods.values()), view)
-            rate = rate_weight * bpp
+        f3, likelihoods = codec.compress_features(f2, rate)
+        bpp = bits_per_pixel(likelihoods.values(), view)
         distortion = mse_distance(f3, f2, self.stage.relative)
-        total = rate + self.stage.distortion * distortion
+        total = (weights * bpp).mean() + self.stage.distortion * distortion
         fidelity, parts = tail_distances(codec.backbone, f3, f2, self.stage)
-        return Losses(total + fidelity, {"bpp": bpp.detach(), "distortion": distortion.detach(), **parts})
+        return Losses(total + fidelity, {"bpp": bpp.mean().detach(), "distortion": distortion.detach(), **parts})

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -74,6 +74,11 @@ def bottleneck_likelihood(
 def bottleneck_round(model: EntropyBottleneck, values: Tensor) -> Tensor:
     """Values (N, C, H, W) rounded about the medians of `model`, as in a pass in eval mode."""
     return model.quantize(values.float(), "dequantize", model.quantiles[:, :, 1:2, None].transpose(0, 1))
+
+
+def bits_per_image(likelihoods: Iterable[Tensor]) -> Tensor:
+    """Estimated bits (N,) of each image, from the likelihoods (N, ...) of all that is sent."""
+    return torch.stack([each.float().log().flatten(1).sum(1) / -math.log(2) for each in likelihoods]).sum(0)
 
 
 class LatentEntropy(nn.Module):

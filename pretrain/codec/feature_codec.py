@@ -33,6 +33,7 @@ from pretrain.codec.context import CheckerboardContext
 from pretrain.codec.entropy import (
     CoderTables,
     LatentEntropy,
+    bits_per_image,
     bottleneck_likelihood,
     bottleneck_round,
     solve_quantiles,
@@ -47,8 +48,6 @@ from pretrain.errors import CodecError
 LATENT_STRIDE = 16
 # Layers of the backbone that read f3; no symbol and no feature of a stream depends on them.
 TAIL = ("backbone.layer2.", "backbone.layer3.", "backbone.layer4.")
-
-
 ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
 
 
@@ -136,13 +135,13 @@ class FeatureCodec(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor, rate: float | None = None) -> Tensor:
         """f3 of normalised images; in eval mode as `decode` gives it, without making bytes."""
-        return self.forward(images, rate).f3
+        return self.forward(images, self._coded_rate(rate)).f3
 
     @torch.no_grad()
     def latents(self, images: Tensor, rate: float | None = None) -> Tensor:
         """y2_hat (N, latent_channels, H/16, W/16) of normalised images; H and W become multiples of 64."""
         self._settle()
-        return self._quantize(*self._analyse(images), rate)[0]
+        return self._quantize(*self._analyse(images), self._coded_rate(rate))[0]
 
     def update(self) -> None:
         """Solve the factorized priors' quantiles for the current weights; coder tables follow when needed.
@@ -225,6 +224,11 @@ class FeatureCodec(nn.Module):
         if rate is not None and not 0 <= rate <= 1:
             raise CodecError(f"rate={rate:g} must lie in 0..1, from the fewest bits to the best features")
         return bitstream.MAX_RATE if rate is None else round(rate * bitstream.MAX_RATE)
+
+    def _coded_rate(self, rate: float | None) -> float | None:
+        """`rate` as a stream carries it."""
+        level = self._rate_level(rate)
+        return None if level is None else level / bitstream.MAX_RATE
 
     def decode(self, stream: bytes, last_layer: str | None = None, tile: int | None = None) -> Tensor:
         """f3 (1, C1, ceil(H/4), ceil(W/4)) float32 of a stream, or of its layers up to `last_layer` alone.
@@ -368,11 +372,6 @@ class FeatureCodec(nn.Module):
 
     def _fingerprint(self, tables: CoderTables) -> bytes:
         return _hash({"weights": self._weights_hash().hex()}, tables.tensors())[:8]
-
-
-def bits_per_image(likelihoods: Iterable[Tensor]) -> Tensor:
-    """Estimated bits (N,) of each image, from the likelihoods (N, ...) of all that is sent."""
-    return torch.stack([each.float().log().flatten(1).sum(1) / -math.log(2) for each in likelihoods]).sum(0)
 
 
 def _hash(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:

@@ -589,3 +589,19 @@ def test_in_tiles__a_network_that_sees_less_than_the_margin_gives_the_whole():
     inputs = torch.rand(1, 2, 40, 56)
     for network in (halve, double):
         assert torch.allclose(in_tiles(network, inputs, tile=16, margin=8), network(inputs), atol=1e-6)
+
+
+def test_compile__leaves_streams_and_features_as_they_are(codec: FeatureCodec):
+    """The graphs that are captured, run by torch's own kernels; the default backend needs a C++ compiler."""
+    compiled, image = copy.deepcopy(codec), random_images(1, 64, 96)[0]
+    compiled.compile(backend="eager")
+    stream = compiled.encode(image)
+    assert stream == codec.encode(image)
+    assert torch.equal(compiled.decode(stream), codec.decode(stream))
+
+
+def test_features__are_those_of_the_rate_that_a_stream_carries(rated: FeatureCodec):
+    images = normalize(random_images(1, 64, 64).float() / 255)
+    assert torch.equal(rated.features(images, rate=0.3), rated.features(images, rate=round(0.3 * 255) / 255))
+    with pytest.raises(CodecError, match=r"rate=2 must lie in 0\.\.1"):
+        rated.features(images, rate=2)
