@@ -46,16 +46,18 @@ from pretrain.run import resolve
 PARTS = ("rate", "symbols", "speed", "memory", "growth")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SIZES = [(16, 16), (17, 31), (64, 65), (333, 500), (1024, 2048)]
-OURS = ("dicm", "fast")
+OURS = ("dicm", "dicm bf16", "fast", "fast bf16")
 THEIRS = {"mbt2018-mean": mbt2018_mean, "bmshj2018-hyperprior": bmshj2018_hyperprior}
 CONSOLE = Console(width=120)
 
 
 def our_codec(name: str, image: Tensor) -> FeatureCodec:
     """A codec of a recipe's widths, random weights scaled so that y2 and z have a deviation of one."""
-    config: CodecConfig = resolve({"dicm": "dicm_resnet50"}.get(name, name), ["data=none"]).codec
+    recipe, _, precision = name.partition(" ")
+    config: CodecConfig = resolve({"dicm": "dicm_resnet50"}.get(recipe, recipe), ["data=none"]).codec
     torch.manual_seed(0)
     codec = FeatureCodec(config).eval().requires_grad_(False)
+    codec.precision = precision or "fp32"
     images = normalize(image[None].float() / 255)
     with torch.inference_mode():
         codec.g_a[-1].weight.div_(codec._analyse(images)[0].std())
@@ -196,9 +198,9 @@ def measure_symbols(codec: FeatureCodec, images: list[Tensor]) -> dict[str, int]
     codec._ready().h_s.forward = disturbed  # type: ignore[method-assign]
     figures["scales off by the guard"] = changed()
     codec._ready().h_s.forward = forward  # type: ignore[method-assign]
-    codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    figures["channels_last"] = changed()
     codec.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    figures["contiguous"] = changed()
+    codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     table = Table("disturbance", "images with other symbols", title=f"symbols of {len(images)} images")
     for name, count in figures.items():
         table.add_row(name, str(count))
@@ -220,7 +222,7 @@ def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
         }
         if isinstance(codec, FeatureCodec):
             with codec._coding(), torch.inference_mode():
-                y2, z = codec._analyse(normalize(image[None].float() / 255))
+                y2, z = (latent.float() for latent in codec._analyse(normalize(image[None].float() / 255)))
             coder = codec._ready()
             symbols = (
                 coder.predict(torch.zeros_like(z).int(), [None]),
@@ -271,7 +273,7 @@ def profiled(function: Callable[[], Any]) -> str:
 def measure_memory(data: Path) -> dict[str, float]:
     """Peak MiB above what the loaded codec takes, of encoding 1024 x 2048; `tile` is ours in tiles of 512."""
     figures = {}
-    for name, tile in (("dicm", 0), ("dicm", 512), ("fast", 0), ("mbt2018-mean", 0)):
+    for name, tile in (("dicm", 0), ("dicm bf16", 0), ("dicm", 512), ("fast", 0), ("mbt2018-mean", 0)):
         command = [sys.executable, __file__, "--data", str(data), "--peak-of", name, "--tile", str(tile)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures[name + (" tile" if tile else "")] = float(out.splitlines()[-1])
