@@ -30,6 +30,7 @@ from torchvision.io import ImageReadMode, decode_image, encode_png
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
 from pretrain.codec.feature_codec import PRECISIONS, FeatureCodec
+from pretrain.codec.memory import keep_freed_memory
 from pretrain.codec.tiles import TILE_STEP
 from pretrain.errors import CodecError, ConfigError
 from pretrain.feature_picture import feature_picture
@@ -101,6 +102,7 @@ def encode_files(
     _check_precision(precision)
     files = _targets(sources, IMAGE_SUFFIXES, out, STREAM_SUFFIX)
     _check_writable(out)
+    keep_freed_memory()
     model = FeatureCodec.from_pretrained(codec, precision)
     result, start = Encoded(), time.perf_counter()
     with _progress(console) as progress:
@@ -166,6 +168,7 @@ def decode_files(
     if named:
         files = dict.fromkeys(files, out)
     _check_writable(out.parent if named else out)
+    keep_freed_memory()
     model = FeatureCodec.from_pretrained(codec, precision)
     with _progress(console) as progress:
         task = progress.add_task("decoding", total=len(files), figures="")

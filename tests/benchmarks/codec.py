@@ -41,6 +41,7 @@ from data_pipeline.views import normalize
 from pretrain.codec import bitstream
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.memory import keep_freed_memory
 from pretrain.run import resolve
 
 PARTS = ("rate", "symbols", "speed", "memory", "growth")
@@ -326,6 +327,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # both sides; as `dicm encode` does
 
     files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
