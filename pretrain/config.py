@@ -58,6 +58,7 @@ class PretrainConfig:
     data: str = MISSING  # folder with dataset.json and shards
     run: str = "runs/pretrain"  # run folder; running again with the same one resumes
     init: str | None = None  # exported codec (folder or hub id) to start from
+    init_parts: list[str] = field(default_factory=lambda: list(PARTS))  # what is taken from it; the rest starts fresh
     split: str = "train"
     image_size: int = 224  # pixels of a view
     canvas_size: int = 256  # pixels of the square to which an image is decoded
@@ -98,6 +99,8 @@ class PretrainConfig:
         for key in ("workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
+        for part in self.init_parts:
+            _one_of("init_parts", part, PARTS)
         _image_size("image_size", self.image_size)
         if self.activation_checkpointing and self.workers > 1 and self.accumulate > 1:
             # DDP learns its static graph (see Stage) in the first backward pass, which cannot be a partial one.
