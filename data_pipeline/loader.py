@@ -23,6 +23,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,9 +50,9 @@ class CanvasBatch(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """One decoded image: (S, S, 3) uint8 RGB, aspect, label, dataset index."""
+    """One decoded image: (3, S, S) uint8 RGB, aspect, label, dataset index."""
 
-    pixels: np.ndarray
+    pixels: Tensor
     aspect: float
     label: int
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -69,22 +70,20 @@ def decode_image(data: bytes, size: int | None = None) -> np.ndarray:
     return _decode(data, size)[0]
 
 
-def decode_canvas(data: bytes, size: int) -> tuple[np.ndarray, float]:
-    """The canvas (size, size, 3) uint8 of an image and the true image's aspect, width / height.
+def decode_canvas(data: bytes, size: int) -> tuple[Tensor, float]:
+    """The canvas (3, size, size) uint8 of an image and the true image's aspect, width / height.
 
-    An image that is size x size already comes unchanged; a side that shrinks is averaged over areas, one that
-    grows is interpolated linearly.
+    Resized as Pillow's bilinear filter does it, antialiased; an image that is size x size already comes unchanged.
 
     Raises:
         DataError: the bytes are not an image.
     """
-    pixels, aspect = _decode(data, size)
-    height, width = pixels.shape[:2]
-    if height > size or width > size:
-        pixels = cv2.resize(pixels, (min(width, size), min(height, size)), interpolation=cv2.INTER_AREA)
-    if height < size or width < size:
-        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
-    return pixels, aspect
+    array, aspect = _decode(data, size)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
+    if pixels.shape[1:] != (size, size):
+        # torch's uint8 kernel: a third of the time of OpenCV's INTER_AREA.
+        pixels = F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    return pixels.contiguous(), aspect
 
 
 def _decode(data: bytes, size: int | None) -> tuple[np.ndarray, float]:
@@ -196,9 +195,8 @@ def collate(samples: list[Canvas] | DataError) -> CanvasBatch | DataError:
     """Stack canvases to (N, 3, S, S)."""
     if isinstance(samples, DataError):
         return samples
-    pixels = np.stack([sample.pixels for sample in samples])
     return CanvasBatch(
-        torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+        torch.stack([sample.pixels for sample in samples]),
         torch.tensor([sample.aspect for sample in samples], dtype=torch.float32),
         torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         torch.tensor([sample.index for sample in samples], dtype=torch.int64),

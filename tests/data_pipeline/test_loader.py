@@ -123,7 +123,7 @@ def test_decode_image__refuses_what_is_damaged_in_one_line(data: bytes) -> None:
 def test_decode_canvas__an_image_of_the_canvas_size_is_unchanged(kind: str) -> None:
     data = encoded(picture(CANVAS, CANVAS), kind)
     pixels, aspect = decode_canvas(data, CANVAS)
-    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(io.BytesIO(data))))
     assert aspect == 1
 
 
@@ -133,8 +133,10 @@ def test_decode_canvas__squashes_any_shape_as_an_antialiased_resize(size: tuple[
     data = encoded(picture(*size), kind)
     pixels, aspect = decode_canvas(data, CANVAS)
     wanted = np.asarray(Image.open(io.BytesIO(data)).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR))
-    assert pixels.shape == (CANVAS, CANVAS, 3) and pixels.dtype == np.uint8
-    assert np.abs(pixels.astype(int) - wanted).mean() < 4
+    assert pixels.shape == (3, CANVAS, CANVAS) and pixels.dtype == torch.uint8
+    difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - wanted)
+    # A JPEG may come reduced by libjpeg, which is another filter.
+    assert difference.max() <= 1 if kind == "PNG" else difference.mean() < 4
     assert aspect == size[0] / size[1]  # of the image itself, not of a reduced decode
 
 
@@ -232,4 +234,4 @@ def test_eval_loader__more_ranks_than_samples_leaves_some_without_a_batch(datase
 def test_dataset__reads_single_samples(dataset: Path) -> None:
     data = CanvasDataset(dataset, "train", CANVAS)
     assert len(data) == 30
-    assert (data[11].label, data[11].index, data[11].pixels.shape) == (1, 11, (CANVAS, CANVAS, 3))
+    assert (data[11].label, data[11].index, data[11].pixels.shape) == (1, 11, (3, CANVAS, CANVAS))
