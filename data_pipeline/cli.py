@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,21 +74,25 @@ def build(
 
     if processes is not None and processes < 1:
         raise DataError(f"processes={processes} must be at least 1")
-    with _bar() as bar:
-        task = bar.add_task("building", total=None)
-        built = build_dataset(
-            layout,
-            source,
-            out,
-            splits=_splits(split) if split else None,
-            val_fraction=val_fraction,
-            shard_samples=shard_samples,
-            shard_mib=shard_mib,
-            num_processes=processes,
-            restart=restart,
-            on_total=lambda total: bar.update(task, total=total),
-            progress=lambda count: bar.advance(task, count),
-        )
+    try:
+        with _bar() as bar:
+            task = bar.add_task("building", total=None)
+            built = build_dataset(
+                layout,
+                source,
+                out,
+                splits=_splits(split) if split else None,
+                val_fraction=val_fraction,
+                shard_samples=shard_samples,
+                shard_mib=shard_mib,
+                num_processes=processes,
+                restart=restart,
+                on_total=lambda total: bar.update(task, total=total),
+                progress=lambda count: bar.advance(task, count),
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on behind the finished shards", file=sys.stderr)
+        raise
     if built.num_kept_shards:
         console.print(f"went on behind {built.num_kept_shards} finished shard(s) of an interrupted build")
     counts = ", ".join(f"{of.num_samples} {name}" for name, of in built.manifest.splits.items())

@@ -11,11 +11,11 @@ from typing import Any
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as rle
 
 from data_pipeline.errors import DataError
 from data_pipeline.loader import decode_image
 from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, ShardReader
+from data_pipeline.sources.annotations import decode_mask
 
 COLOURS = (
     "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#b45cd6", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe",
@@ -88,7 +88,11 @@ def _tile(sample: dict[str, Any], manifest: Manifest, seen: set[int]) -> Image.I
     scale = TILE / max(full.size)
     size = (max(1, round(full.width * scale)), max(1, round(full.height * scale)))
     pixels = np.array(full.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC))
-    pictures = [_draw_objects(pixels.copy(), facts, scale, manifest.classes)]
+    try:
+        masks = [decode_mask(mask, *full.size) for mask in facts.get("masks", [])]
+    except DataError as error:
+        raise DataError(f"sample {sample['__key__']}: a mask {error}; `dicm data verify` tells more") from error
+    pictures = [_draw_objects(pixels.copy(), facts, masks, scale, manifest.classes)]
     if "mask.png" in sample:
         pictures.append(Image.fromarray(_tint_semantic(pixels, sample["mask.png"], manifest, seen)))
     tile = Image.new("RGB", (TILE, len(pictures) * (size[1] + 2) + CAPTION), PAPER)
@@ -101,12 +105,14 @@ def _tile(sample: dict[str, Any], manifest: Manifest, seen: set[int]) -> Image.I
     return tile
 
 
-def _draw_objects(pixels: np.ndarray, facts: dict[str, Any], scale: float, classes: tuple[str, ...]) -> Image.Image:
-    """Boxes, names and instance masks on the pixels (H, W, 3) of an image reduced by `scale`."""
+def _draw_objects(
+    pixels: np.ndarray, facts: dict[str, Any], masks: list[np.ndarray], scale: float, classes: tuple[str, ...]
+) -> Image.Image:
+    """Boxes, names and instance masks on the pixels (H, W, 3) of an image resized by `scale`; masks are full size."""
     height, width = pixels.shape[:2]
     labels = facts.get("labels", [])
-    for mask, label in zip(facts.get("masks", []), labels, strict=False):
-        small = cv2.resize(rle.decode(mask), (width, height), interpolation=cv2.INTER_AREA)
+    for mask, label in zip(masks, labels, strict=False):
+        small = cv2.resize(mask, (width, height), interpolation=cv2.INTER_AREA)
         _blend(pixels, small > 0, class_colour(label), INSTANCE_TINT)
         outlines = cv2.findContours(small, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
         cv2.drawContours(pixels, outlines, -1, class_colour(label), 1)
@@ -116,7 +122,7 @@ def _draw_objects(pixels: np.ndarray, facts: dict[str, Any], scale: float, class
     # The largest first: what is in front of another is mostly smaller, and keeps its outline.
     boxes = sorted(zip(facts.get("boxes", []), labels, crowds, strict=False), key=lambda item: -_area(item[0]))
     for box, label, _ in boxes:
-        left, top, right, bottom = (value * scale for value in box)
+        left, top, right, bottom = (round(value * scale) for value in box)
         corner = max(left, min(right, width) - 1), max(top, min(bottom, height) - 1)
         draw.rectangle((left, top, *corner), outline=class_colour(label))
     taken: list[tuple[float, float, float, float]] = []

@@ -8,7 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as rle
 
+from data_pipeline.errors import DataError
+
 DECIMALS = 4  # of a pixel; sources write two
+MAX_SHIFT = 30  # bits: pycocotools' numbers end there
+FAR = 1000  # pixels from the corner of the image, or ten of its sides, to which a polygon is drawn
 TOLERANCE = 1.0  # pixel: sources round, and count pixels from 0 or from 1
 
 
@@ -35,7 +39,7 @@ def clean_boxes(boxes: Sequence[Sequence[float]], width: int, height: int) -> Cl
     )
 
 
-class OutlineError(ValueError):
+class OutlineError(DataError):
     """An outline that describes no mask."""
 
 
@@ -51,15 +55,18 @@ def outline_mask(outline: Any, width: int, height: int) -> dict[str, Any]:
 
     Raises:
         OtherSizeError: an RLE of another size.
-        OutlineError: no polygon of three points or more, or an RLE whose runs do not fill its size.
+        OutlineError: no polygon of three points or more, one that reaches far away, or an RLE whose runs do not fill
+            its size.
     """
     if isinstance(outline, dict):
         return _recode(outline, width, height)
     polygons = [polygon for polygon in outline or () if len(polygon) >= 6 and len(polygon) % 2 == 0]
     if not polygons:
         raise OutlineError("has no polygon of three points or more")
-    if not all(np.isfinite(np.asarray(polygon, dtype=np.float64)).all() for polygon in polygons):
-        raise OutlineError("has a corner that is no finite number")
+    # Drawing takes memory for every pixel of an edge, inside the image or not; not a number fails as well.
+    limit = max(FAR, 10 * width, 10 * height)
+    if not all((np.abs(np.asarray(polygon, dtype=np.float64)) <= limit).all() for polygon in polygons):
+        raise OutlineError(f"has a corner beyond {limit} pixels")
     return encode_mask(rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))))
 
 
@@ -82,8 +89,20 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(code["size"]), "counts": code["counts"].decode()}
 
 
+def decode_mask(mask: Any, width: int, height: int) -> np.ndarray:
+    """(height, width) uint8 of zeros and ones: a COCO RLE, checked first.
+
+    Raises:
+        OutlineError: as `check_mask`.
+    """
+    check_mask(mask, width, height)
+    return rle.decode(mask)
+
+
 def check_mask(mask: Any, width: int, height: int) -> None:
-    """See that `mask` is a COCO RLE of an image of width x height pixels, as pycocotools encodes it.
+    """See that `mask` is a COCO RLE of an image of width x height pixels, its counts a string.
+
+    pycocotools takes a damaged string as it comes: it reads and writes beyond its memory, or leaves pixels undefined.
 
     Raises:
         OutlineError: it is not.
@@ -91,10 +110,31 @@ def check_mask(mask: Any, width: int, height: int) -> None:
     if not isinstance(mask, dict) or mask.get("size") != [height, width] or not isinstance(mask.get("counts"), str):
         size = mask.get("size") if isinstance(mask, dict) else mask
         raise OutlineError(f"is not a COCO RLE of size {[height, width]} (height, width) but of {size!r}")
-    try:
-        # pycocotools reads a code that is too short without a word; encoding what it read again shows it.
-        sound = encode_mask(rle.decode(mask)) == mask
-    except ValueError as error:
-        raise OutlineError(f"is a damaged COCO RLE ({error})") from error
-    if not sound:
+    runs = _runs(mask["counts"])
+    if min(runs, default=0) < 0 or sum(runs) != width * height:
         raise OutlineError(f"is a damaged COCO RLE (its runs do not fill {width} x {height} pixels)")
+
+
+def _runs(counts: str) -> list[int]:
+    """Lengths of the runs in the string of a COCO RLE.
+
+    A character holds six bits above "0": five of a number, lowest first, and one that more follow; the highest bit of
+    the last is the sign. From the fourth run on, a number is the difference to the run before the last.
+    """
+    runs: list[int] = []
+    number = shift = 0
+    for character in counts:
+        bits = ord(character) - ord("0")
+        if not 0 <= bits < 64 or shift > MAX_SHIFT:
+            raise OutlineError(f"is a damaged COCO RLE ({character!r} is out of place in its counts)")
+        number |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            number -= 1 << shift
+        runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+        number = shift = 0
+    if shift:
+        raise OutlineError("is a damaged COCO RLE (its counts are cut off)")
+    return runs
