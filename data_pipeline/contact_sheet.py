@@ -123,6 +123,7 @@ def _draw_objects(
     boxes = sorted(zip(facts.get("boxes", []), labels, crowds, strict=False), key=lambda item: -_area(item[0]))
     for box, label, _ in boxes:
         left, top, right, bottom = (round(value * scale) for value in box)
+        left, top = min(left, width - 1), min(top, height - 1)
         corner = max(left, min(right, width) - 1), max(top, min(bottom, height) - 1)
         draw.rectangle((left, top, *corner), outline=class_colour(label))
     taken: list[tuple[float, float, float, float]] = []
