@@ -32,7 +32,7 @@ from lightly.transforms import MoCoV2Transform
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.build import build_imagefolder
+from data_pipeline.build import build_dataset
 from data_pipeline.loader import CanvasDataset, collate
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.shards import Manifest, ShardReader
@@ -53,7 +53,7 @@ def main() -> None:
     cv2.setNumThreads(0)
 
     with tempfile.TemporaryDirectory() as scratch:
-        build_imagefolder(arguments.data, Path(scratch) / "shards", num_processes=1)
+        build_dataset("imagefolder", arguments.data, Path(scratch) / "shards", num_processes=1)
         figures = speeds(Path(scratch) / "shards", arguments.size, arguments.canvas, arguments.repeat)
     figures |= order_costs(arguments.repeat)
     figures |= {"shuffle": {shards: shuffle_quality(shards) for shards in (128, 512, 2048)}}
