@@ -151,7 +151,7 @@ def decode_files(
         precision: of the networks, fp32 or bf16.
 
     Raises:
-        ConfigError: no such format, layer or precision, an impossible tile, a format that contradicts the name of `out`.
+        ConfigError: no such format, layer or precision, an impossible tile, a format that contradicts `out`'s name.
         CodecError, BitstreamError: no stream found, one that is damaged or of another codec, by name, several for
             one file, `out` cannot be written.
     """
