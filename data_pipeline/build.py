@@ -84,7 +84,7 @@ def build_dataset(
     }
     with UnfinishedBuild(out, plan, restart=restart, num_processes=num_processes) as unfinished:
         # With it comes torch: after bad sources were refused, but before the processes fork, which then share it.
-        import data_pipeline.loader  # noqa: F401
+        import data_pipeline.decoding  # noqa: F401
 
         num_kept = sum(step.shard is not None for step in unfinished.steps)
         for split, listed in jobs.items():

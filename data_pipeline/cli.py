@@ -165,7 +165,7 @@ def inspect(
 
 
 @app.command()
-def verify(root: Annotated[Path, typer.Argument(help="Folder of a data set.")]) -> None:
+def verify(root: Annotated[str, typer.Argument(help="Folder or URL (s3://, https://) of a data set.")]) -> None:
     """Check every shard: checksum, index, that each image decodes, labels, boxes and masks in range.
 
     Example: dicm data verify data/scenes

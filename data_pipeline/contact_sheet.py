@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
-from data_pipeline.loader import decode_image
 from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, ShardReader
 from data_pipeline.sources.annotations import decode_mask
 

@@ -4,40 +4,37 @@ A canvas is an image squashed to a square of `canvas_size` pixels, uint8; its tr
 are drawn in the true image's proportions. All that follows decoding is batched on the device (`views`). Worker
 processes only decode: the order comes from the sampler, so their number changes nothing.
 
-Decoding gives what Pillow's `convert("RGB")` after `exif_transpose` would: upright by the EXIF orientation,
-greyscale repeated over three channels, CMYK converted, 16 bits reduced to 8, transparency dropped. What cannot be
-decoded is refused with the sample's key, never replaced.
+A sample that cannot be used (its image does not decode, is too large or missing, its JSON is damaged) does not end a
+training run: the next sample of its lane that can takes its place, on the rank that met it alone, so that order and
+other ranks stay as they are and a resumed run does the same. In evaluation it is left out. `Quarantine` names each in
+a file, and ends the run when they are too many. A damaged shard is another matter: it is fetched again, and ends the
+run by its name if that does not help.
 """
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import PIL.Image
-import simplejpeg
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipeline.errors import DataError
+from data_pipeline.cache import ShardCache
+from data_pipeline.decoding import decode_canvas
+from data_pipeline.errors import DataError, SampleError
 from data_pipeline.order import ElasticSampler, SampleOrder
+from data_pipeline.prefetch import Prefetcher, local_share
+from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, ShardReader
 
-ORIENTATION_TAG = 0x0112
-JPEG_START = b"\xff\xd8\xff"
-# What an EXIF block opens with, by whether the file is a JPEG; the others are PNG and WebP.
-EXIF_MARKS = {True: (b"Exif\x00\x00",), False: (b"eXIf", b"EXIF")}
-
-# OpenCV prints a warning on damaged files, for which we raise an error with the sample's name.
-cv2.setLogLevel(2)
+MOST_IN_A_ROW = 10  # bad samples that follow each other in a lane
 
 
 class CanvasBatch(NamedTuple):
@@ -58,149 +55,207 @@ class Canvas(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index
 
 
-def decode_image(data: bytes, size: int | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of JPEG, PNG or WebP bytes, upright.
+class Delivery(NamedTuple):
+    """What a process that decodes hands over; a tuple, so that its tensors can be pinned."""
 
-    With `size`, a JPEG may come at a half, a quarter or an eighth of its resolution, as long as both sides stay at
-    or above `size`: libjpeg-turbo then skips most of the inverse transform.
-
-    Raises:
-        DataError: the bytes are not an image.
-    """
-    return _decode(data, size)[0]
-
-
-def decode_canvas(data: bytes, size: int) -> tuple[Tensor, float]:
-    """The canvas (3, size, size) uint8 of an image and the true image's aspect, width / height.
-
-    Resized as Pillow's bilinear filter does it, antialiased; an image that is size x size already comes unchanged.
-
-    Raises:
-        DataError: the bytes are not an image.
-    """
-    array, aspect = _decode(data, size)
-    pixels = torch.from_numpy(array).permute(2, 0, 1)
-    if pixels.shape[1:] != (size, size):
-        # torch's uint8 kernel: a third of the time of OpenCV's INTER_AREA.
-        pixels = F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0]
-    return pixels.contiguous(), aspect
-
-
-def _decode(data: bytes, size: int | None) -> tuple[np.ndarray, float]:
-    """Upright pixels, a JPEG's possibly reduced to no less than `size`, and the full image's width / height."""
-    # Not simplejpeg.is_jpeg: cameras append to their files, which then do not end as it asks.
-    is_jpeg = data.startswith(JPEG_START)
-    try:
-        if is_jpeg:
-            height, width = simplejpeg.decode_jpeg_header(data)[:2]
-            # Powers of two only: what lies between is slower than full resolution, or rounds the image's edge. The
-            # accurate transform costs the same here and equals libjpeg's bit for bit.
-            factor = next((factor for factor in (8, 4, 2) if size and min(height, width) >= factor * size), 1)
-            pixels = simplejpeg.decode_jpeg(
-                data,
-                "RGB",
-                fastdct=False,
-                fastupsample=False,
-                min_height=-(-height // factor),
-                min_width=-(-width // factor),
-                min_factor=factor,
-            )
-        else:
-            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
-            height, width = (0, 0) if pixels is None else pixels.shape[:2]
-    except ValueError as error:
-        raise DataError(f"not an image that can be decoded ({error})") from error
-    except cv2.error as error:
-        raise DataError(f"not an image that can be decoded ({error.err})") from error
-    if pixels is None:
-        raise DataError(f"not an image that can be decoded ({len(data)} bytes); use JPEG, PNG or WebP")
-    orientation = _orientation(data) if any(mark in data for mark in EXIF_MARKS[is_jpeg]) else 1
-    aspect = height / width if orientation >= 5 else width / height
-    return _upright(pixels, orientation), aspect
-
-
-def _orientation(data: bytes) -> int:
-    """EXIF orientation 1..8; 1 where the EXIF block is damaged, which leaves the picture readable."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            orientation = PIL.Image.open(io.BytesIO(data)).getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # Pillow's parsers raise many classes on damaged metadata
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation: 2..4 mirror or turn by 180 degrees, 5..8 also swap the axes."""
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+    batch: CanvasBatch | None  # with black canvases in the places of bad samples
+    bad: list[tuple[int, BadSample]]  # place in the batch
+    read_bytes: int
+    fetched_bytes: int
+    error: DataError | None  # travels as a value: DataLoader would put a traceback into its one line
 
 
 class CanvasDataset(Dataset[Canvas]):
     """Map-style data set over the shards of one split; items are `Canvas`."""
 
-    def __init__(self, root: str | Path, split: str, canvas_size: int):
+    def __init__(self, root: str | Path, split: str, canvas_size: int, cache: ShardCache | None = None):
         if canvas_size < 1:
             raise DataError(f"canvas_size={canvas_size} is impossible; it must be at least 1")
-        self.reader = ShardReader(root, Manifest.load(root).split(split))
+        self.reader = ShardReader(root, Manifest.load(root).split(split), cache)
         self.canvas_size = canvas_size
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> Canvas:
+        """Read and decode one sample.
+
+        Raises:
+            SampleError: the sample cannot be used.
+            DataError: its shard cannot be read.
+        """
+        canvas = self._canvas(index)
+        if isinstance(canvas, BadSample):
+            raise SampleError(f"{self.reader.root}: sample {canvas.key}: {canvas.reason}")
+        return canvas
+
+    def __getitems__(self, indexes: list[int]) -> Delivery:
+        """A batch for DataLoader, complete but for errors and bad samples, which `CanvasLoader` sees to."""
+        reader, cache = self.reader, self.reader.cache
+        before = reader.read_bytes, cache.fetched_bytes if cache else 0
+        batch, bad, failure = None, [], None
+        try:
+            canvases = []
+            for place, index in enumerate(indexes):
+                canvas = self._canvas(index)
+                if isinstance(canvas, BadSample):
+                    bad.append((place, canvas))
+                    black = torch.zeros(3, self.canvas_size, self.canvas_size, dtype=torch.uint8)
+                    canvas = Canvas(black, 1.0, -1, index)
+                canvases.append(canvas)
+            batch = collate(canvases)
+        except DataError as error:
+            failure = error
+        after = reader.read_bytes, cache.fetched_bytes if cache else 0
+        return Delivery(batch, bad, after[0] - before[0], after[1] - before[1], failure)
+
+    def _canvas(self, index: int) -> Canvas | BadSample:
         sample = self.reader.read(index)
         try:
             image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
             if image is None:
-                raise DataError("has no image; build the data set again")
+                raise SampleError("has no image; build the data set again")
             pixels, aspect = decode_canvas(image, self.canvas_size)
-        except DataError as error:
-            raise DataError(f"{self.reader.root}: sample {sample['__key__']}: {error}") from error
-        label = json.loads(sample.get("json", b"{}")).get("label")
-        return Canvas(pixels, aspect, -1 if label is None else int(label), index)
-
-    def __getitems__(self, indexes: list[int]) -> list[Canvas] | DataError:
-        """A batch for DataLoader; an error travels as a value to `CanvasLoader`, which raises it."""
-        try:
-            return [self[index] for index in indexes]
-        except DataError as error:
-            return error
+            label = _label(sample.get("json", b"{}"))
+        except SampleError as error:
+            shard = self.reader.split.shards[self.reader.locate(index)[0]]
+            return BadSample(index, sample["__key__"], shard.name, str(error))
+        return Canvas(pixels, aspect, label, index)
 
 
-class CanvasLoader(DataLoader[CanvasBatch]):
-    """A DataLoader that raises a worker's DataError as it was.
-
-    DataLoader itself would put the worker's traceback into the message, which is to be one line.
-    """
-
-    def __iter__(self) -> Iterator[CanvasBatch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, DataError):
-                break
-            yield batch
-        else:
-            return
-        # Let go of the workers first: the error's traceback would keep them until it is collected.
-        self._iterator = None
-        raise batch
+def _label(facts: bytes) -> int:
+    try:
+        label = json.loads(facts).get("label")
+        return -1 if label is None else int(label)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise SampleError(f"its JSON is damaged ({error}); build the data set again") from error
 
 
-def collate(samples: list[Canvas] | DataError) -> CanvasBatch | DataError:
+def collate(samples: list[Canvas]) -> CanvasBatch:
     """Stack canvases to (N, 3, S, S)."""
-    if isinstance(samples, DataError):
-        return samples
     return CanvasBatch(
         torch.stack([sample.pixels for sample in samples]),
         torch.tensor([sample.aspect for sample in samples], dtype=torch.float32),
         torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         torch.tensor([sample.index for sample in samples], dtype=torch.int64),
     )
+
+
+class CanvasLoader(DataLoader[CanvasBatch]):
+    """A DataLoader of `CanvasBatch`; it fetches shards ahead and puts other samples in the places of bad ones.
+
+    Args:
+        dataset, batches, num_workers: as for DataLoader.
+        quarantine: where bad samples are counted.
+        replacements: the dataset indexes to try, one after the other, in the place (batch, place in it) of a bad
+            sample; without it bad samples are left out.
+        samples_ahead, cache_share: see `Prefetcher`.
+
+    Attributes:
+        read_bytes, fetched_bytes: of samples read, and of shards fetched from the store, by this rank's processes.
+
+    Raises:
+        DataError: when iterated; always one line, also where a worker process raised it.
+    """
+
+    def __init__(
+        self,
+        dataset: CanvasDataset,
+        batches: ElasticSampler | Sequence[list[int]],
+        num_workers: int,
+        quarantine: Quarantine,
+        replacements: Callable[[int, int], Iterator[int]] | None = None,
+        samples_ahead: int = 0,
+        cache_share: float = 0.5,
+    ):
+        if num_workers < 0:
+            raise DataError(f"num_workers={num_workers} is impossible; 0 decodes in the process itself")
+        super().__init__(
+            dataset,  # type: ignore[arg-type]  # its batches come collated
+            batch_sampler=batches,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_one_thread,
+        )
+        self.canvases, self.batches, self.quarantine, self.replacements = dataset, batches, quarantine, replacements
+        self.samples_ahead, self.cache_share = samples_ahead, cache_share
+        self.read_bytes = self.fetched_bytes = 0
+
+    def __iter__(self) -> Iterator[CanvasBatch]:  # type: ignore[override]
+        deliveries = super().__iter__()  # forks the workers, before there are threads
+        empty = True
+        try:
+            with self._prefetching() as prefetcher:
+                for number in itertools.count():
+                    if prefetcher is not None:
+                        self.fetched_bytes += prefetcher.advance()
+                    delivery: Any = next(deliveries, None)
+                    if delivery is None:
+                        break
+                    batch = self._mended(number, delivery)
+                    if batch is not None:
+                        empty = False
+                        yield batch
+            if empty and (bad := self.quarantine.bad):
+                sample = next(iter(bad.values()))
+                raise DataError(
+                    f"{self.canvases.reader.root}: no sample can be used, the first, {sample.key}: {sample.reason}"
+                )
+            return
+        except DataError as error:
+            failure = error
+        # Let go of the workers first: the error's traceback would keep them until it is collected.
+        self._iterator = None
+        del deliveries
+        raise failure
+
+    def _prefetching(self) -> Any:
+        if self.canvases.reader.cache is None:
+            return nullcontext()
+        return closing(Prefetcher(self.canvases.reader, self.batches, self.samples_ahead, self.cache_share))
+
+    def _mended(self, number: int, delivery: Delivery) -> CanvasBatch | None:
+        """The batch of a delivery, without bad samples; None where nothing is left. Raises the worker's DataError."""
+        batch = self._opened(delivery)
+        self.quarantine.read(len(batch.label))
+        for _, sample in delivery.bad:
+            self.quarantine.add(sample)
+        if self.replacements is None:
+            bad = {place for place, _ in delivery.bad}
+            good = [place for place in range(len(batch.label)) if place not in bad]
+            if not bad:
+                return batch
+            return CanvasBatch(*(part[good] for part in batch)) if good else None
+        for place, _ in delivery.bad:
+            single = self._replacement(self.replacements(number, place), delivery.bad)
+            for part, new in zip(batch, single, strict=True):
+                part[place] = new[0]
+        return batch
+
+    def _replacement(self, indexes: Iterator[int], bad: list[tuple[int, BadSample]]) -> CanvasBatch:
+        """A batch of one: the first of `indexes` that can be used."""
+        for index, _ in zip(indexes, range(MOST_IN_A_ROW), strict=False):
+            delivery = self.canvases.__getitems__([index])
+            single = self._opened(delivery)
+            self.quarantine.read(1)
+            if not delivery.bad:
+                return single
+            self.quarantine.add(delivery.bad[0][1])
+        sample = bad[0][1]
+        raise DataError(
+            f"{self.canvases.reader.root}: {MOST_IN_A_ROW} samples in a row cannot be used, from {sample.key} "
+            f"({sample.shard}): {sample.reason}; build the data set again"
+        )
+
+    def _opened(self, delivery: Delivery) -> CanvasBatch:
+        self.read_bytes += delivery.read_bytes
+        self.fetched_bytes += delivery.fetched_bytes
+        if delivery.error is not None:
+            raise delivery.error
+        assert delivery.batch is not None
+        return delivery.batch
 
 
 def train_loader(
@@ -216,20 +271,44 @@ def train_loader(
     samples_seen: int = 0,
     shuffle_shards: int = 16,
     num_lanes: int = 128,
+    cache: ShardCache | None = None,
+    quarantine: str | Path | None = None,
 ) -> CanvasLoader:
     """This rank's batches without end, from position `samples_seen` of the order; `batch_size` is global.
+
+    Args:
+        root: folder or URL.
+        cache: of the shards of a URL; one in the default place if not given.
+        quarantine: folder whose quarantine.jsonl names bad samples.
 
     Raises:
         DataError: the batch is larger than the data set, or too small for `world` ranks.
     """
-    dataset = CanvasDataset(root, split, canvas_size)
+    dataset = CanvasDataset(root, split, canvas_size, cache)
     if batch_size > len(dataset):
         raise DataError(
             f"{root}: batch_size={batch_size} is larger than the {len(dataset)} samples of split {split!r}; "
             f"use at most {len(dataset)}"
         )
     order = SampleOrder(dataset.reader.split.shard_sizes, seed, shuffle_shards, num_lanes)
-    return _loader(dataset, ElasticSampler(order, batch_size, rank, world, samples_seen), num_workers)
+    sampler = ElasticSampler(order, batch_size, rank, world, samples_seen)
+
+    def replacements(batch: int, place: int) -> Iterator[int]:
+        position = int(sampler.positions(batch)[place])
+        while True:
+            position = order.following(position)
+            yield int(order.take(position, position + 1)[0])
+
+    return CanvasLoader(
+        dataset,
+        sampler,
+        num_workers,
+        Quarantine(quarantine, split, rank),
+        replacements,
+        # The order keeps the lists of two epochs: looking further would make them again and again.
+        samples_ahead=len(dataset) // world,
+        cache_share=local_share(world),
+    )
 
 
 def eval_loader(
@@ -242,33 +321,33 @@ def eval_loader(
     world: int = 1,
     num_workers: int = 0,
     limit: int | None = None,
+    cache: ShardCache | None = None,
+    quarantine: str | Path | None = None,
 ) -> CanvasLoader:
     """Each sample of the split once, in order, or `limit` of them spread evenly; rank r takes every world-th.
 
-    `batch_size` is this rank's; the last batch may be smaller.
+    `batch_size` is this rank's; the last batch may be smaller, and so is one with bad samples, which are left out.
+    `root`, `cache`, `quarantine` as for `train_loader`.
     """
-    dataset = CanvasDataset(root, split, canvas_size)
+    dataset = CanvasDataset(root, split, canvas_size, cache)
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size} is impossible; it must be at least 1")
     count = len(dataset) if limit is None else min(limit, len(dataset))
     # Spread, because image folders come class by class.
     indexes = (np.arange(count) * len(dataset) // max(count, 1))[rank::world].tolist()
     batches = [indexes[first : first + batch_size] for first in range(0, len(indexes), batch_size)]
-    return _loader(dataset, batches, num_workers)
-
-
-def _loader(dataset: CanvasDataset, batches: Iterable[list[int]], num_workers: int) -> CanvasLoader:
-    if num_workers < 0:
-        raise DataError(f"num_workers={num_workers} is impossible; 0 decodes in the process itself")
     return CanvasLoader(
-        dataset,  # type: ignore[arg-type]  # `collate` makes the batches of its samples
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        dataset,
+        batches,
+        num_workers,
+        Quarantine(quarantine, split, rank),
+        samples_ahead=len(indexes),
+        cache_share=local_share(world),
     )
+
+
+def _as_it_is(delivery: Delivery) -> Delivery:
+    return delivery
 
 
 def _one_thread(_: int) -> None:

@@ -124,6 +124,16 @@ class SampleOrder:
         item, lane = np.divmod(within, self.num_lanes)
         return lane * shorter + np.minimum(lane, longer) + item
 
+    def following(self, position: int) -> int:
+        """Global position of the next item of the lane of `position`; after the epoch's last, the next epoch's first.
+
+        What stands in for a sample that cannot be used: of the same lane, so mostly of the same shards.
+        """
+        epoch, within = divmod(position, self.num_samples)
+        if within + self.num_lanes < self.num_samples:
+            return position + self.num_lanes
+        return (epoch + 1) * self.num_samples + within % self.num_lanes
+
 
 class ElasticSampler(Sampler[list[int]]):
     """This rank's batches of a `SampleOrder`, without end: a batch sampler for torch's DataLoader.
@@ -161,6 +171,12 @@ class ElasticSampler(Sampler[list[int]]):
             by_lane = np.argsort(self.order.lanes(start, stop), kind="stable")
             yield self.order.take(start, stop)[by_lane[ours]].tolist()
             start = stop
+
+    def positions(self, batch: int) -> np.ndarray:
+        """Global position (int64) of each sample of the batch that `__iter__` yields after `batch` others."""
+        start = self.samples_seen + batch * self.global_batch
+        by_lane = np.argsort(self.order.lanes(start, start + self.global_batch), kind="stable")
+        return start + by_lane[self.rank * self.local_batch : (self.rank + 1) * self.local_batch]
 
 
 def permute(items: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -28,10 +28,12 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 
+from data_pipeline.addresses import is_remote, join, local_folder
+from data_pipeline.cache import CachedShard, ShardCache
 from data_pipeline.errors import DataError
 
 SCHEMA_VERSION = 1
@@ -89,24 +91,15 @@ class Manifest:
 
     @classmethod
     def load(cls, root: str | Path) -> Self:
-        """Read ROOT/dataset.json.
+        """Read ROOT/dataset.json; `root` is a folder or a URL.
 
         Raises:
             DataError: no such folder, not a data set, a damaged or newer manifest.
+            StoreError: the store of a URL does not answer.
         """
-        if str(root).startswith("pipe:"):
-            raise DataError(f"{root}: pipe: addresses run commands and are refused; name a folder of shards")
-        root = Path(root)
-        path = root / MANIFEST
-        if not root.is_dir():
-            raise DataError(f"{root}: no such folder; make a data set with `dicm data build` or `dicm data scenes`")
-        if not path.is_file():
-            raise DataError(
-                f"{root}: not a data set (no {MANIFEST}); make one of your images with "
-                f"`dicm data build imagefolder {root} OUT`"
-            )
+        path, text = _manifest_text(root)
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(text)
             version = fields["schema_version"]
             if version > SCHEMA_VERSION:
                 raise DataError(
@@ -121,8 +114,6 @@ class Manifest:
             return cls(fields["name"], tuple(fields["classes"]), splits, version, semantic)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged manifest ({error}); build the data set again") from error
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from error
 
     def save(self, root: str | Path) -> None:
         """Write ROOT/dataset.json, whole or not at all."""
@@ -155,7 +146,33 @@ class Manifest:
         return json.dumps(fields, separators=(",", ":"), sort_keys=True)
 
 
-def _shard(fields: dict[str, Any], path: Path) -> Shard:
+def _manifest_text(root: str | Path) -> tuple[str, bytes]:
+    """Address and content of the manifest of `root`."""
+    path = join(root, MANIFEST)
+    if is_remote(root):
+        from data_pipeline.storage import Retries, read  # imports fsspec
+
+        try:
+            return path, read(path, Retries())
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{root}: not a data set (no {MANIFEST} there); upload the folder that `dicm data build` wrote"
+            ) from error
+    folder = local_folder(root)
+    if not folder.is_dir():
+        raise DataError(f"{root}: no such folder; make a data set with `dicm data build` or `dicm data scenes`")
+    if not (folder / MANIFEST).is_file():
+        raise DataError(
+            f"{root}: not a data set (no {MANIFEST}); make one of your images with "
+            f"`dicm data build imagefolder {root} OUT`"
+        )
+    try:
+        return path, (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from error
+
+
+def _shard(fields: dict[str, Any], path: str) -> Shard:
     """A shard's entry, checked as far as that goes without its bytes."""
     shard = Shard(**{**fields, "offsets": tuple(fields["offsets"])})
     if shard.name.startswith("pipe:"):
@@ -293,22 +310,32 @@ class ShardWriter:
 class ShardReader:
     """Random access to the samples of a split; opens files lazily, so it travels to worker processes.
 
-    A shard's size and sha256 are checked once in each process, before its first byte is used.
+    A shard's size and sha256 are checked once in each process, before its first byte is used. Shards of a folder are
+    read where they are, those of a URL through `cache`. For one thread of a process.
+
+    Args:
+        root: folder or URL of the data set.
+        cache: of remote shards; one in the default place if not given.
+
+    Attributes:
+        read_bytes: bytes of samples that this object has read.
     """
 
     MAX_OPEN = 32
 
-    def __init__(self, root: str | Path, split: Split):
-        self.root, self.split = Path(root), split
+    def __init__(self, root: str | Path, split: Split, cache: ShardCache | None = None):
+        self.root, self.split, self.read_bytes = root, split, 0
+        self.cache = (cache or ShardCache()) if is_remote(root) else None
         self._starts = np.concatenate([[0], np.cumsum(split.shard_sizes)])
-        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._open: OrderedDict[int, io.FileIO] = OrderedDict()
         self._verified: set[int] = set()
+        self._owner = os.getpid()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_verified": set()}
+        return {**self.__dict__, "_open": OrderedDict(), "_verified": set(), "read_bytes": 0}
 
     def locate(self, index: int) -> tuple[int, int]:
         """(shard, sample in it) of dataset index `index`."""
@@ -316,6 +343,11 @@ class ShardReader:
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
+
+    def shards_of(self, indexes: Sequence[int]) -> list[int]:
+        """Numbers of the shards that hold the samples `indexes`, each once, in order of first use."""
+        numbers = np.searchsorted(self._starts, np.asarray(indexes), side="right") - 1
+        return list(dict.fromkeys(numbers.tolist()))
 
     def read(self, index: int) -> dict[str, Any]:
         """Fields of sample `index` by extension, as bytes, and its key as "__key__".
@@ -327,18 +359,41 @@ class ShardReader:
         shard = self.split.shards[number]
         start = shard.offsets[sample]
         stop = shard.offsets[sample + 1] if sample + 1 < shard.samples else shard.bytes
-        # pread: processes forked after the file was opened share its position, so none may move it.
-        data = os.pread(self._file(number).fileno(), stop - start, start)
-        return parse_sample(data, f"{self.root / shard.name}, sample {sample}")
+        data = self._read(number, start, stop - start)
+        self.read_bytes += len(data)
+        return parse_sample(data, f"{join(self.root, shard.name)}, sample {sample}")
 
-    def _file(self, number: int) -> BinaryIO:
+    def _read(self, number: int, start: int, num_bytes: int) -> bytes:
+        if self._owner != os.getpid():
+            # A forked process shares the positions and the locks of files that its parent has opened.
+            self._open, self._verified, self._owner = OrderedDict(), set(), os.getpid()
+        if self.cache is None:
+            return os.pread(self._local_file(number).fileno(), num_bytes, start)
+        copy = self._held_copy(number, self.cache)
+        try:
+            return os.pread(copy.fileno(), num_bytes, start)
+        finally:
+            copy.release()
+
+    def _held_copy(self, number: int, cache: ShardCache) -> CachedShard:
+        copy = self._open.get(number)
+        if isinstance(copy, CachedShard):
+            if copy.hold():
+                self._open.move_to_end(number)
+                return copy
+            self._open.pop(number).close()
+        copy = cache.open(self.root, self.split.shards[number])
+        self._keep(number, copy)
+        return copy
+
+    def _local_file(self, number: int) -> io.FileIO:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         shard = self.split.shards[number]
-        path = self.root / shard.name
+        path = Path(join(self.root, shard.name))
         try:
-            file = path.open("rb")
+            file = io.FileIO(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); fetch the shard again") from error
         if number not in self._verified:
@@ -349,10 +404,13 @@ class ShardReader:
                 file.close()
                 raise DataError(f"{path}: damaged, its sha256 is not the one in {MANIFEST}; fetch the shard again")
             self._verified.add(number)
+        self._keep(number, file)
+        return file
+
+    def _keep(self, number: int, file: io.FileIO) -> None:
         self._open[number] = file
         if len(self._open) > self.MAX_OPEN:
             self._open.popitem(last=False)[1].close()
-        return file
 
 
 def parse_sample(data: bytes, where: str) -> dict[str, Any]:

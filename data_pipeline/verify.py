@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.addresses import is_remote, join, local_folder
+from data_pipeline.cache import ShardCache
+from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
-from data_pipeline.loader import decode_image
 from data_pipeline.parallel import ordered_map
 from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, Shard, ShardReader, Split
 from data_pipeline.sources.annotations import OutlineError, check_mask
@@ -23,13 +27,15 @@ PER_BOX = ("labels", "masks", "difficult", "iscrowd", "areas")  # one entry for 
 
 
 def faults(
-    root: Path, num_processes: int | None = None, progress: Callable[[int], None] | None = None
+    root: str | Path, num_processes: int | None = None, progress: Callable[[int], None] | None = None
 ) -> Iterator[str]:
     """What is wrong with the data set `root`, a line each; nothing where it is sound.
 
     Checks that shards are those of the manifest (size, sha256), that each indexed sample is there and alone, that
     its image decodes to the size noted, that labels, boxes and semantic values lie in range, and that masks are of the
     image's size and one for each box.
+
+    Shards of a URL are fetched anew, whatever the cache holds: it is the store that is looked at.
 
     Args:
         progress: called after each shard with its number of samples.
@@ -39,28 +45,33 @@ def faults(
     """
     manifest = Manifest.load(root)
     counts = len(manifest.classes), len(manifest.mask_names)
-    jobs = [(root, shard, *counts) for split in manifest.splits.values() for shard in split.shards]
-    for (_, shard, *_), found in zip(jobs, ordered_map(shard_faults, jobs, num_processes, chunk=1), strict=True):
-        yield from found
-        if progress is not None:
-            progress(shard.samples)
-    listed = {shard.name for _, shard, *_ in jobs}
-    for path in sorted(root.glob("*.tar")):
-        if path.name not in listed:
-            yield f"{path}: is not in the manifest; remove it"
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    num_processes = num_processes or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="dicm-verify-") as folder:
+        room = 2 * num_processes * max((shard.bytes for shard in shards), default=1)
+        jobs = [(root, shard, *counts, ShardCache(folder, room)) for shard in shards]
+        for shard, found in zip(shards, ordered_map(shard_faults, jobs, num_processes, chunk=1), strict=True):
+            yield from found
+            if progress is not None:
+                progress(shard.samples)
+    if not is_remote(root):
+        listed = {shard.name for shard in shards}
+        for path in sorted(local_folder(root).glob("*.tar")):
+            if path.name not in listed:
+                yield f"{path}: is not in the manifest; remove it"
 
 
-def shard_faults(job: tuple[Path, Shard, int, int]) -> list[str]:
+def shard_faults(job: tuple[str | Path, Shard, int, int, ShardCache]) -> list[str]:
     """Faults of one shard; its samples are looked at only if its bytes are those of the manifest."""
-    root, shard, num_classes, num_semantic = job
-    reader = ShardReader(root, Split((shard,)))
+    root, shard, num_classes, num_semantic, cache = job
+    reader = ShardReader(root, Split((shard,)), cache)
     found: list[str] = []
     for index in range(shard.samples):
         try:
             sample = reader.read(index)
         except DataError as error:
             return [*found, str(error)]
-        where = f"{root / shard.name}, sample {index} ({sample.get('__key__')})"
+        where = f"{join(root, shard.name)}, sample {index} ({sample.get('__key__')})"
         found += (f"{where}: {fault}" for fault in sample_faults(sample, num_classes, num_semantic))
     return found
 

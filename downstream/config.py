@@ -17,7 +17,7 @@ class FinetuneConfig:
     """Everything that a fine-tune on the frozen codec depends on."""
 
     codec: str = MISSING  # exported codec: folder or hub id
-    data: str = MISSING  # folder with dataset.json and shards
+    data: str = MISSING  # folder or URL (s3://, https://) with dataset.json and shards
     run: str = "runs/finetune"  # run folder; running again with the same one resumes
     task: str = "classification"
     input: str = "streams"  # or pixels: the same network on decoded pixels, to compare with
@@ -40,6 +40,8 @@ class FinetuneConfig:
     launcher: str = "ray"
     precision: str = "bf16"
     num_workers: int = 0
+    cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
+    cache_limit: float = 64.0  # GiB that they may take on a node
     log_every: int = 10
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -60,6 +62,8 @@ class FinetuneConfig:
         for key, low, high in (("label_smoothing", 0.0, 0.99), ("warmup", 0.0, 1.0), ("scale_min", 0.01, 1.0)):
             if not low <= getattr(self, key) <= high:
                 raise TaskError(f"{key}={getattr(self, key):g} is impossible; it must lie in {low:g}..{high:g}")
+        if self.cache_limit <= 0:
+            raise TaskError(f"cache_limit={self.cache_limit:g} is impossible; give the cache some GiB")
         if self.lr <= 0:
             raise TaskError(f"lr={self.lr:g} is impossible; it must be positive")
         for key in ("image_size", "canvas_size"):

@@ -2,6 +2,7 @@
 
     RUN/
       config.yaml  metrics.jsonl  tensorboard/  checkpoints/
+      quarantine.jsonl  samples that could not be used, if there were any
       results.json      the metric and the rate on the validation split; written when the run is complete
 
 As in pretraining, every random draw of a step is seeded by (seed, step, rank), so a killed run goes on as if
@@ -30,6 +31,7 @@ from cluster.checkpoint import CheckpointStore
 from cluster.metrics import MetricsLogger, ProgressFollower
 from cluster.recipes import config_diff, load_config, load_saved, save_config
 from cluster.runtime import Runtime
+from data_pipeline.cache import ShardCache
 from data_pipeline.loader import CanvasBatch, eval_loader, train_loader
 from data_pipeline.shards import Manifest, ShardReader
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
@@ -45,7 +47,17 @@ RESULTS = "results.json"
 EVALUATION_BATCH = 64
 STATISTICS_SAMPLES = 2048  # training images that give the final statistics of batch norms
 PROBE_STEPS, PROBE_LR = 300, 0.01
-FREE_KEYS = {"run", "workers", "launcher", "num_workers", "log_every", "checkpoint_every", "keep_checkpoints"}
+FREE_KEYS = {
+    "run",
+    "workers",
+    "launcher",
+    "num_workers",
+    "cache",
+    "cache_limit",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
 
 
 def resolve(task: str, overrides: list[str]) -> FinetuneConfig:
@@ -86,7 +98,8 @@ def check_data(config: FinetuneConfig) -> int:
             )
         if manifest.split(split).num_samples == 0:
             raise TaskError(f"{config.data}: its {split} split is empty; build the data set again with more images")
-    first = json.loads(ShardReader(config.data, manifest.split("train")).read(0).get("json") or b"{}")
+    reader = ShardReader(config.data, manifest.split("train"), cache_of(config))
+    first = json.loads(reader.read(0).get("json") or b"{}")
     if not manifest.classes or first.get("label") is None:
         raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
     num_samples = manifest.split("train").num_samples
@@ -96,6 +109,11 @@ def check_data(config: FinetuneConfig) -> int:
             f"worker(s) and the {num_samples} training samples of {config.data}"
         )
     return num_samples
+
+
+def cache_of(config: FinetuneConfig) -> ShardCache:
+    """The cache of the data set's shards, where it is at a URL."""
+    return ShardCache.of_size(config.cache, config.cache_limit)
 
 
 def check_earlier_run(config: FinetuneConfig, folder: Path) -> None:
@@ -187,6 +205,8 @@ class Finetuner:
             num_workers=config.num_workers,
             seed=config.seed,
             samples_seen=self.step * (config.batch_size // runtime.world) * runtime.world,
+            cache=cache_of(config),
+            quarantine=config.run,
         )
         generator = torch.Generator(self.device)
         self.model.train()
@@ -232,6 +252,8 @@ class Finetuner:
             rank=runtime.rank,
             world=runtime.world,
             seed=config.seed,
+            cache=cache_of(config),
+            quarantine=config.run,
         )
         batches = itertools.islice(loader, samples // config.batch_size)
         with self._autocast():
@@ -320,6 +342,8 @@ class Finetuner:
             rank=self.runtime.rank,
             world=self.runtime.world,
             limit=limit,
+            cache=cache_of(self.config),
+            quarantine=self.config.run,
         )
 
     def _write_results(self, measured: dict[str, float]) -> None:

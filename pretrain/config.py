@@ -55,7 +55,7 @@ class StageConfig:
 class PretrainConfig:
     """Everything a pretraining run depends on."""
 
-    data: str = MISSING  # folder with dataset.json and shards
+    data: str = MISSING  # folder or URL (s3://, https://) with dataset.json and shards
     run: str = "runs/pretrain"  # run folder; running again with the same one resumes
     init: str | None = None  # exported codec (folder or hub id) to start from
     init_parts: list[str] = field(default_factory=lambda: list(PARTS))  # what is taken from it; the rest starts fresh
@@ -75,6 +75,8 @@ class PretrainConfig:
     num_workers: int = 0  # decoding processes a worker
     shuffle_shards: int = 16
     num_lanes: int = 128
+    cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
+    cache_limit: float = 64.0  # GiB that they may take on a node
 
     codec: CodecConfig = field(default_factory=CodecConfig)
     ssl: SSLConfig = field(default_factory=SSLConfig)
@@ -101,6 +103,8 @@ class PretrainConfig:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
         for part in self.init_parts:
             _one_of("init_parts", part, PARTS)
+        if self.cache_limit <= 0:
+            raise ConfigError(f"cache_limit={self.cache_limit:g} is impossible; give the cache some GiB")
         _image_size("image_size", self.image_size)
         if self.activation_checkpointing and self.workers > 1 and self.accumulate > 1:
             # DDP learns its static graph (see Stage) in the first backward pass, which cannot be a partial one.

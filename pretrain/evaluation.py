@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.runtime import Runtime
+from data_pipeline.cache import ShardCache
 from data_pipeline.loader import eval_loader
 from data_pipeline.shards import Manifest
 from data_pipeline.views import center_images, normalize
@@ -76,7 +77,9 @@ def measure_knn(
             batch_size=EVALUATION_BATCH,
             rank=runtime.rank,
             world=runtime.world,
-            limit=limit - limit % runtime.world,  # equal shares, so that they can be gathered
+            limit=limit - limit % runtime.world,  # no rank without a share
+            cache=ShardCache.of_size(config.cache, config.cache_limit),
+            quarantine=config.run,
         )
         features, labels = [], []
         with torch.inference_mode():
@@ -96,7 +99,15 @@ def measure_streams(
 ) -> dict[str, float]:
     """Mean size of real streams over the first `limit` images of `split`, in bits per pixel and bytes."""
     codec.eval()
-    loader = eval_loader(config.data, split, canvas_size=config.canvas_size, batch_size=32, limit=limit)
+    loader = eval_loader(
+        config.data,
+        split,
+        canvas_size=config.canvas_size,
+        batch_size=32,
+        limit=limit,
+        cache=ShardCache.of_size(config.cache, config.cache_limit),
+        quarantine=config.run,
+    )
     streams: list[bytes] = []
     for batch in loader:
         streams += codec.encode_batch(center_images(batch.canvas, batch.aspect, config.image_size), rate)

@@ -5,6 +5,7 @@
       metrics.jsonl, tensorboard/  what was measured, rank 0
       checkpoints/step_NNNNNNNN/   complete or absent
       samples/                     heatmaps with boxes and crops, as seen in training
+      quarantine.jsonl             samples that could not be used, if there were any
       summary.json                 written when the run is complete
 
 A step is a pure function of (checkpoint, batch, seed, step, rank): every random draw of a step comes from
@@ -31,6 +32,7 @@ from cluster.checkpoint import CheckpointStore
 from cluster.errors import CheckpointError
 from cluster.metrics import MetricsLogger
 from cluster.runtime import Runtime
+from data_pipeline.cache import ShardCache
 from data_pipeline.loader import CanvasBatch, train_loader
 from data_pipeline.shards import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
@@ -126,6 +128,8 @@ class Trainer:
             samples_seen=progress.samples_seen,
             shuffle_shards=config.shuffle_shards,
             num_lanes=config.num_lanes,
+            cache=ShardCache.of_size(config.cache, config.cache_limit),
+            quarantine=self.run,
         )
         return itertools.takewhile(lambda _: progress.stage_samples < stage.num_samples, loader)
 

@@ -31,7 +31,7 @@ def read_picture(path: Path) -> Picture:
     Raises:
         UnusableError: no such file, or not a JPEG, PNG or WebP that decodes.
     """
-    from data_pipeline.loader import decode_image  # brings torch, which a refused source should not wait for
+    from data_pipeline.decoding import decode_image  # brings torch, which a refused source should not wait for
 
     data = read_bytes(path)
     try:

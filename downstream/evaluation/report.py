@@ -68,7 +68,7 @@ class Report:
     results: list[dict[str, Any]]
     pretraining: Path | None = None
     codecs: list[Path] = field(default_factory=list)
-    data: Path | None = None
+    data: str | Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
 
@@ -179,7 +179,7 @@ class Report:
 
 
 @torch.inference_mode()
-def feature_figure(codec_folder: Path, data: Path) -> str:
+def feature_figure(codec_folder: Path, data: str | Path) -> str:
     """f1, f2 and f3 of a few validation images as colours, beside the image and its stream's size."""
     codec = FeatureCodec.from_pretrained(codec_folder)
     size = codec.extra.get("image_size", 224)
@@ -218,7 +218,7 @@ def report_of_runs(runs: list[Path], out: Path, pretraining: Path | None) -> Non
         raise TaskError(f"{pretraining}: not a run folder of `dicm pretrain` (no {METRICS})")
     codecs = [Path(codec) for codec in dict.fromkeys(row["codec"] for row in results if row["input"] == "streams")]
     codecs = [codec for codec in codecs if codec.is_dir()]
-    Report("Rate and accuracy", results, pretraining, codecs, Path(results[0]["data"])).write(out)
+    Report("Rate and accuracy", results, pretraining, codecs, results[0]["data"]).write(out)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ import PIL.Image
 import torch
 from lightly.transforms import MoCoV2Transform
 
-from data_pipeline.loader import decode_canvas
+from data_pipeline.decoding import decode_canvas
 from data_pipeline.views import ViewConfig, two_views
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from data_pipeline.decoding import decode_canvas, decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.loader import (
     CanvasBatch,
     CanvasDataset,
     CanvasLoader,
-    decode_canvas,
-    decode_image,
     eval_loader,
     train_loader,
 )

@@ -1,0 +1,339 @@
+"""Shards of remote data sets on the local disk: one download a node, verified, bounded, shared by all processes.
+
+    CACHE/shards/
+      .lock                    held while room is made
+      SHA256.tar               a shard, named by its content; atime: last use, mtime: when it came
+      SHA256.BYTES.part        a download under way, its file locked by the process that fetches it
+
+Processes agree through locks on these files alone (flock), which the kernel drops with the process that held them,
+however it died: there is no shared memory and nothing to clean by hand. A partial file that no one has locked
+belongs to a killed download and is fetched anew or removed by whoever comes next.
+
+A shard is in use while a process reads from it, and holds a shared lock for just that time. Whoever needs room
+removes the copies that were used longest ago and are not in use, and takes their space back at once, also from
+processes that still have them open: these see that the copy is gone and fetch it again. The sizes of all copies and
+downloads exceed `limit` by one shard at most.
+
+Each process hashes a copy once before it uses a byte of it, also one that another process downloaded and checked: a
+disk may damage what had arrived whole. That costs 0.2 s for 256 MiB, beside the seconds that fetching them took.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from data_pipeline.addresses import join
+from data_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from data_pipeline.shards import Shard
+    from data_pipeline.storage import Retries
+
+GIB = 2**30
+DEFAULT_LIMIT = 64 * GIB
+ROOT_VARIABLE = "DICM_CACHE"
+TOUCH_SECONDS = 1.0  # how precisely the last use is noted
+ROOM_SECONDS = 600.0  # how long to wait for others to finish with their shards
+POLL_SECONDS = 0.05
+
+# Descriptors with exclusive locks of this process. A child that is forked meanwhile has copies, which would keep the
+# locks after our death.
+_locked: set[int] = set()
+
+
+def _close_copies() -> None:
+    for descriptor in _locked:
+        os.close(descriptor)
+    _locked.clear()
+
+
+os.register_at_fork(after_in_child=_close_copies)
+
+
+def default_root() -> Path:
+    """$DICM_CACHE, or the folder `dicm` in the user's cache folder."""
+    if root := os.environ.get(ROOT_VARIABLE):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dicm"
+
+
+class CachedShard(io.FileIO):
+    """A copy, open for reading. Its bytes count only between `hold`, where that returns True, and `release`."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "rb")
+        self._owner, self._touched = os.getpid(), 0.0
+
+    def hold(self) -> bool:
+        """Lock the copy against removal and note its use; False, and no lock, where it was removed before."""
+        fcntl.flock(self.fileno(), fcntl.LOCK_SH)
+        status = os.fstat(self.fileno())
+        if status.st_nlink == 0:
+            self.release()
+            return False
+        if (now := time.monotonic()) > self._touched + TOUCH_SECONDS:
+            os.utime(self.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
+            self._touched = now
+        return True
+
+    def release(self) -> None:
+        """Allow the copy to be removed."""
+        fcntl.flock(self.fileno(), fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close the file; the lock goes too, though a forked process may still have a copy of the descriptor."""
+        if not self.closed and os.getpid() == self._owner:
+            self.release()
+        super().close()
+
+
+class ShardCache:
+    """The shards of remote data sets on this node; every process has its own object for the same folder.
+
+    Args:
+        root: folder on a local disk; `default_root()` if not given.
+        limit: bytes that the shards may take.
+        retries: how patient to be with the store.
+
+    Attributes:
+        fetched_bytes, fetched_shards: what this object downloaded, attempts that failed included in the bytes.
+
+    Raises:
+        DataError: a limit that is not positive.
+    """
+
+    def __init__(self, root: str | Path | None = None, limit: int = DEFAULT_LIMIT, retries: Retries | None = None):
+        if limit <= 0:
+            raise DataError(f"a cache of {limit} bytes is impossible; give it room for some shards")
+        self.root = Path(root) if root else default_root()
+        self.folder = self.root / "shards"
+        self.limit, self.retries = limit, retries
+        self.fetched_bytes = self.fetched_shards = 0
+        self._verified: dict[str, tuple[int, int]] = {}  # sha256 -> identity of the file that was hashed
+        self._owner = os.getpid()
+
+    @classmethod
+    def of_size(cls, root: str | Path | None, gibibytes: float) -> Self:
+        """A cache with a limit in GiB."""
+        return cls(root, int(gibibytes * GIB))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "limit": self.limit, "retries": self.retries}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def open(self, root: str | Path, shard: Shard) -> CachedShard:
+        """The copy of a shard of the data set `root`, fetched where needed, verified by this process, and held.
+
+        Raises:
+            DataError: it is gone, damaged at the store, or there is no room; the store refuses or the disk fails.
+            StoreError: the store does not answer.
+        """
+        attempts = self._retries.attempts
+        with self._disk_errors():
+            for _ in range(attempts):
+                copy = self._present(shard) or self._fetched(root, shard)
+                if self._verify(copy, shard):
+                    return copy
+                self._discard(copy, shard)
+        raise DataError(
+            f"{join(root, shard.name)}: its copy in {self.folder} was damaged after it had come whole, {attempts} "
+            "times; check that disk, or name another cache"
+        )
+
+    def fetch(self, root: str | Path, shard: Shard) -> None:
+        """Bring a shard into the cache, where it is not there yet; raises what `open` raises."""
+        with self._disk_errors():
+            if not self._path(shard).exists():
+                self._fetched(root, shard).close()
+
+    @property
+    def _retries(self) -> Retries:
+        from data_pipeline.storage import Retries  # imports fsspec, which local data sets do without
+
+        return self.retries or Retries()
+
+    def _path(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.sha256}.tar"
+
+    def _present(self, shard: Shard) -> CachedShard | None:
+        """The copy that is there, held; None where there is none."""
+        while True:
+            try:
+                copy = CachedShard(self._path(shard))
+            except FileNotFoundError:
+                return None
+            if copy.hold():
+                return copy
+            copy.close()
+
+    def _fetched(self, root: str | Path, shard: Shard) -> CachedShard:
+        """The copy, held, downloaded by this process or by another that was faster."""
+        from data_pipeline.storage import download
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{shard.sha256}.{shard.bytes}.part"
+        while (copy := self._present(shard)) is None:
+            with self._reserved(part, shard) as descriptor:
+                if descriptor is None or self._path(shard).exists():
+                    continue
+                download(
+                    join(root, shard.name),
+                    part,
+                    num_bytes=shard.bytes,
+                    sha256=shard.sha256,
+                    retries=self._retries,
+                    received=self._count,
+                )
+                self.fetched_shards += 1
+                with self._room_lock():  # so that no one removes the copy before it is held
+                    os.replace(part, self._path(shard))
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+                    copy = CachedShard(self._path(shard))
+                    copy.hold()
+                # `download` has hashed it in this very process.
+                self._verified[shard.sha256] = _identity(os.fstat(copy.fileno()))
+                return copy
+        return copy
+
+    def _count(self, num_bytes: int) -> None:
+        self.fetched_bytes += num_bytes
+
+    @contextmanager
+    def _reserved(self, part: Path, shard: Shard) -> Iterator[int | None]:
+        """The descriptor of `part`, locked while the block lasts, with room for the shard.
+
+        Where another process has locked it, wait for its download instead: None.
+        """
+        deadline = time.monotonic() + ROOM_SECONDS
+        while True:
+            with self._room_lock():
+                descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
+                _locked.add(descriptor)
+                ours = _try_lock(descriptor)
+                room = ours and self._make_room(shard.bytes, part)
+            try:
+                if room:
+                    yield descriptor
+                    return
+                if not ours:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    yield None
+                    return
+            finally:
+                if ours:
+                    with self._room_lock():
+                        _unlink_if(part, descriptor)  # not there after a download that went well
+                _unlock(descriptor)
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"{self.folder}: no room for {shard.name}, all shards in {self.limit / GIB:g} GiB are in use; "
+                    "raise cache_limit"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _make_room(self, num_bytes: int, part: Path) -> bool:
+        """Remove copies not in use, least recently used first, until `num_bytes` fit; True where they may come.
+
+        They may also come where what is left, all of it in use or on its way, is within the limit.
+        """
+        used, copies = 0, []
+        for path in self.folder.iterdir():
+            if path.suffix == ".tar":
+                status = path.stat()
+                copies.append((status.st_atime_ns, status.st_size, path))
+                used += status.st_size
+            elif path.suffix == ".part" and path != part and not _remove(path):
+                used += int(path.stem.partition(".")[2])
+        for _, size, path in sorted(copies):
+            if used + num_bytes <= self.limit:
+                break
+            if _remove(path):
+                used -= size
+        return used <= self.limit
+
+    def _verify(self, copy: CachedShard, shard: Shard) -> bool:
+        """Whether the copy is what the manifest lists; hashed unless this process has hashed this very file."""
+        if self._owner != os.getpid():
+            self._verified, self._owner = {}, os.getpid()  # what the parent process checked, a disk may have damaged
+        status = os.fstat(copy.fileno())
+        if self._verified.get(shard.sha256) == _identity(status):
+            return True
+        copy.seek(0)
+        if status.st_size != shard.bytes or hashlib.file_digest(copy, "sha256").hexdigest() != shard.sha256:
+            return False
+        self._verified[shard.sha256] = _identity(status)
+        return True
+
+    def _discard(self, copy: CachedShard, shard: Shard) -> None:
+        """Remove a damaged copy, unless another process has already put a new one in its place."""
+        with copy, self._room_lock():
+            _unlink_if(self._path(shard), copy.fileno())
+
+    @contextmanager
+    def _room_lock(self) -> Iterator[None]:
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        _locked.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            _unlock(descriptor)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{error.filename or self.folder}: the cache cannot be used ({error.strerror}); mend that, or name "
+                f"another folder by cache=DIR or ${ROOT_VARIABLE}"
+            ) from error
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    _locked.discard(descriptor)
+    os.close(descriptor)
+
+
+def _remove(path: Path) -> bool:
+    """Remove a file that no one has locked and give its space back; called with the room lock held."""
+    descriptor = os.open(path, os.O_RDWR)
+    _locked.add(descriptor)
+    try:
+        if not _try_lock(descriptor):
+            return False
+        path.unlink()
+        os.ftruncate(descriptor, 0)  # others may have it open
+        return True
+    finally:
+        _unlock(descriptor)
+
+
+def _unlink_if(path: Path, descriptor: int) -> None:
+    """Remove `path` where it still is the file that `descriptor` has open."""
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+        path.unlink()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """A file's inode and time of writing: another download, or a change, gives another identity."""
+    return status.st_ino, status.st_mtime_ns
