@@ -29,7 +29,7 @@ from data_pipeline.errors import DataError, StoreError
 T = TypeVar("T")
 LONGEST_PAUSE = 20.0  # seconds
 TRY_LATER = (408, 425, 429)  # client errors of HTTP that pass
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
 LONGEST_REASON = 200  # characters
 
 

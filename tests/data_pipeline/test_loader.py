@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
+import resource
+import time
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from http_store import serving
 from PIL import Image, ImageOps
 
-from data_pipeline.decoding import decode_canvas, decode_image
-from data_pipeline.errors import DataError
+from data_pipeline.cache import ShardCache
+from data_pipeline.decoding import MAX_PIXELS, decode_canvas, decode_image
+from data_pipeline.errors import DataError, SampleError
 from data_pipeline.loader import (
     CanvasBatch,
     CanvasDataset,
@@ -22,7 +28,10 @@ from data_pipeline.loader import (
     train_loader,
 )
 from data_pipeline.order import SampleOrder
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.prefetch import Prefetcher
+from data_pipeline.quarantine import BadSample, Quarantine
+from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
+from data_pipeline.storage import Retries
 
 CANVAS = 24
 
@@ -186,12 +195,237 @@ def test_train_loader__refuses_what_cannot_work_before_reading(dataset: Path, op
         train_loader(dataset, **{"canvas_size": CANVAS, **options})
 
 
+BROKEN = b"\xff\xd8\xff broken"
+
+
+def with_bad(root: Path, bad: dict[int, bytes], count: int = 30) -> Path:
+    """Like `dataset`, but the images `bad` are these bytes."""
+    return write_dataset(root, [bad.get(n, encoded(picture(30 + n, 40, n))) for n in range(count)])
+
+
+def quarantined(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_train_loader__a_bad_image_gives_its_place_to_the_next_of_its_lane(
+    dataset: Path, tmp_path: Path, num_workers: int
+) -> None:
+    options = {"canvas_size": CANVAS, "batch_size": 8, "world": 2, "num_lanes": 6}
+    order = SampleOrder([7, 7, 7, 7, 2], num_lanes=6)
+    positions = {int(order.take(position, position + 1)[0]): position for position in (3, 13)}
+    root = with_bad(tmp_path / "pictures", dict(zip(positions, (BROKEN, b""), strict=True)))
+    met = []
+    for rank in range(2):
+        sound = first(train_loader(dataset, rank=rank, **options), 3)
+        mended = first(
+            train_loader(root, rank=rank, num_workers=num_workers, quarantine=tmp_path / "run", **options), 3
+        )
+        for batch, other in zip(sound, mended, strict=True):
+            for place, index in enumerate(batch.index.tolist()):
+                if index in positions:
+                    met.append(index)
+                    # The same lane, one item on, in this rank alone; its pixels, label and aspect are its own.
+                    after = positions[index] + 6
+                    index = int(order.take(after, after + 1)[0])
+                    assert other.label[place] == index % 5
+                    assert other.aspect[place] == pytest.approx((30 + index) / 40)
+                    assert other.canvas[place].any()
+                else:
+                    assert torch.equal(other.canvas[place], batch.canvas[place])
+                assert other.index[place] == index
+    assert sorted(met) == sorted(positions)
+    lines = quarantined(tmp_path / "run")
+    assert {(line["key"], line["shard"]) for line in lines} == {
+        (f"image{index:03d}", f"train-{index // 7:06d}.tar") for index in positions
+    }
+    assert len(lines) == 2
+    assert all("not an image" in line["reason"] and line["split"] == "train" for line in lines)
+
+
+def test_train_loader__a_resumed_run_replaces_the_same_samples_by_the_same(tmp_path: Path) -> None:
+    root = with_bad(tmp_path / "pictures", {3: BROKEN, 17: BROKEN, 18: BROKEN})
+    options = {"canvas_size": CANVAS, "batch_size": 7, "num_lanes": 4}
+    whole = first(train_loader(root, **options), 12)
+    resumed = first(train_loader(root, samples_seen=5 * 7, num_workers=1, **options), 7)
+    assert_equal(resumed, whole[5:])
+    assert not {3, 17, 18} & set(torch.cat([batch.index for batch in whole]).tolist())
+
+
+def test_train_loader__a_few_bad_images_in_a_small_data_set_never_end_the_run(tmp_path: Path) -> None:
+    root = with_bad(tmp_path / "pictures", dict.fromkeys(range(10), BROKEN))
+    loader = train_loader(root, canvas_size=8, batch_size=30, quarantine=tmp_path)
+    assert len(first(loader, 15)) == 15
+    assert len(quarantined(tmp_path)) == 10  # each once, in fifteen epochs
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_train_loader__a_bad_image_is_named_by_its_key_in_one_line(tmp_path: Path, num_workers: int) -> None:
-    root = write_dataset(tmp_path / "pictures", [encoded(picture()), b"\xff\xd8\xff broken"])
-    with pytest.raises(DataError, match="image001") as error:
-        first(train_loader(root, canvas_size=CANVAS, batch_size=2, num_workers=num_workers), 1)
-    assert str(root) in str(error.value) and "\n" not in str(error.value)
+def test_train_loader__too_many_bad_images_end_the_run_with_the_list(tmp_path: Path, num_workers: int) -> None:
+    root = with_bad(tmp_path / "pictures", dict.fromkeys(range(0, 22, 2), BROKEN))
+    loader = train_loader(root, canvas_size=8, batch_size=30, quarantine=tmp_path, num_workers=num_workers, num_lanes=1)
+    with pytest.raises(DataError, match=r"11 of \d+ samples read of train by rank 0 cannot be used: ") as error:
+        first(loader, 9)
+    assert all(f"image{number:03d} (train-" in str(error.value) for number in range(0, 22, 2))
+    assert str(tmp_path / "quarantine.jsonl") in str(error.value) and "\n" not in str(error.value)
+    assert len(quarantined(tmp_path)) == 11
+
+
+def test_quarantine__more_than_a_thousandth_of_what_was_read_is_too_much(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path, "train", 3)
+    quarantine.read(50_000)
+    for index in range(50):
+        quarantine.add(BadSample(index, f"k{index}", "train-000000.tar", "broken"))
+    with pytest.raises(DataError, match=r"51 of 50000 .* rank 3 .*k0 \(train-000000\.tar\), .* and 31 more"):
+        quarantine.add(BadSample(50, "k50", "train-000000.tar", "broken"))
+
+
+def test_train_loader__only_bad_images_end_the_run_at_once(tmp_path: Path) -> None:
+    root = with_bad(tmp_path / "pictures", dict.fromkeys(range(4), BROKEN), count=4)
+    with pytest.raises(DataError, match=r"10 samples in a row cannot be used, from image00\d"):
+        first(train_loader(root, canvas_size=8, batch_size=4), 1)
+
+
+def test_train_loader__a_sample_without_image_or_with_damaged_json_is_bad(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    good = encoded(picture())
+    with ShardWriter(root, "train") as writer:
+        for number, fields in enumerate([{"jpg": good}, {}, {"jpg": good, "json": b"{"}, {"jpg": good, "json": b"[]"}]):
+            writer.write({"__key__": f"s{number}", "json": b"{}", **fields})
+    Manifest("odd", (), {"train": Split(tuple(writer.shards))}).save(root)
+    batch = first(train_loader(root, canvas_size=8, batch_size=4, quarantine=tmp_path), 1)[0]
+    assert batch.index.tolist() == [0] * 4
+    assert sorted(line["key"] for line in quarantined(tmp_path)) == ["s1", "s2", "s3"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_eval_loader__leaves_bad_images_out_and_names_them(tmp_path: Path, num_workers: int) -> None:
+    root = with_bad(tmp_path / "pictures", {4: BROKEN, 5: BROKEN, 6: BROKEN, 7: BROKEN, 17: BROKEN})
+    loader = eval_loader(
+        root, "train", canvas_size=8, batch_size=4, num_workers=num_workers, quarantine=tmp_path
+    )  # one batch of bad images alone
+    seen = [batch.index.tolist() for batch in loader]
+    assert list(itertools.chain(*seen)) == [n for n in range(30) if n not in (4, 5, 6, 7, 17)]
+    assert all(seen)
+    assert len(quarantined(tmp_path)) == 5
+
+
+def test_eval_loader__without_any_good_image_says_so(tmp_path: Path) -> None:
+    root = with_bad(tmp_path / "pictures", dict.fromkeys(range(3), BROKEN), count=3)
+    with pytest.raises(DataError, match="no sample can be used, the first, image000"):
+        list(eval_loader(root, "train", canvas_size=8, batch_size=2))
+
+
+def test_dataset__a_bad_image_is_named_by_its_key_in_one_line(tmp_path: Path) -> None:
+    data = CanvasDataset(with_bad(tmp_path / "pictures", {1: BROKEN}), "train", 8)
+    with pytest.raises(SampleError, match=r"pictures: sample image001: not an image") as error:
+        data[1]
+    assert "\n" not in str(error.value)
+
+
+def bomb(kind: str) -> bytes:
+    """A small file whose header names 30 000 x 30 000 pixels, more than 0.9 gigapixels."""
+    data = bytearray(encoded(picture(), kind, **({"lossless": True} if kind == "WEBP" else {})))
+    if kind == "JPEG":
+        frame = data.index(b"\xff\xc0")
+        data[frame + 5 : frame + 9] = (30_000).to_bytes(2) * 2
+    elif kind == "PNG":
+        data[16:24] = (30_000).to_bytes(4) * 2
+        data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    elif kind == "WEBP":
+        side = (1 << 14) - 1  # the format's largest
+        data[21:25] = (int.from_bytes(data[21:25], "little") & ~((1 << 28) - 1) | side | side << 14).to_bytes(
+            4, "little"
+        )
+    else:
+        data[18:26] = (30_000).to_bytes(4, "little") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_decode_image__a_decompression_bomb_is_refused_by_its_header(kind: str) -> None:
+    data = bomb(kind)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for size in (None, 16):
+        with pytest.raises(SampleError, match=f"more than {MAX_PIXELS} pixels; leave it out"):
+            decode_image(data, size)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+def test_decode_image__sixteen_bit_colours_become_eight() -> None:
+    colours = np.asarray(picture())
+    data = cv2.imencode(".png", colours[:, :, ::-1].astype(np.uint16) * 257)[1].tobytes()
+    assert np.array_equal(decode_image(data), colours)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_train_loader__reads_a_url_as_a_folder(dataset: Path, tmp_path: Path, num_workers: int) -> None:
+    options = {"canvas_size": CANVAS, "batch_size": 8, "rank": 1, "world": 2}
+    with serving(dataset) as store:
+        cache = ShardCache(tmp_path, retries=Retries(6, 0.01, 5.0))
+        loader = train_loader(store.url, **options, num_workers=num_workers, cache=cache)
+        assert_equal(first(loader, 9), first(train_loader(dataset, **options), 9))
+        assert {count for name, count in store.requests.items() if name.endswith(".tar")} == {1}
+        sizes = {shard.bytes for shard in Manifest.load(dataset).split("train").shards}
+        assert loader.fetched_bytes <= sum(shard.bytes for shard in Manifest.load(dataset).split("train").shards)
+        assert loader.fetched_bytes >= min(sizes) and loader.read_bytes > 0
+        validation = eval_loader(store.url, "train", canvas_size=CANVAS, batch_size=9, cache=cache)
+        assert torch.cat([batch.index for batch in validation]).tolist() == list(range(30))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_train_loader__a_shard_that_is_gone_from_the_store_ends_the_run_by_name(
+    tmp_path: Path, num_workers: int
+) -> None:
+    root = write_dataset(tmp_path / "pictures", [encoded(picture())] * 14)
+    (root / "train-000001.tar").unlink()
+    with serving(root) as store:
+        cache = ShardCache(tmp_path / "cache", retries=Retries(2, 0.01, 5.0))
+        with pytest.raises(DataError, match=r"train-000001\.tar: is gone from the store") as error:
+            first(train_loader(store.url, canvas_size=8, batch_size=4, num_workers=num_workers, cache=cache), 9)
+    assert "\n" not in str(error.value)
+
+
+def test_prefetcher__fetches_what_comes_within_its_share_of_the_cache(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "pictures", [encoded(picture())] * 70)  # ten shards
+    split = Manifest.load(root).split("train")
+    size = split.shards[0].bytes
+    with serving(root) as store:
+        cache = ShardCache(tmp_path / "cache", 10 * size, Retries(2, 0.01, 5.0))
+        reader = ShardReader(store.url, split, cache)
+        prefetcher = Prefetcher(reader, [[7 * n] for n in range(10)], samples_ahead=100, share=0.4)
+        fetched = 0
+        for used in range(1, 11):
+            fetched += prefetcher.advance()
+            ahead = min(used + 3, 10)
+            while len(list(cache.folder.glob("*.tar"))) < ahead:
+                time.sleep(0.01)
+            assert store.requests.total() == ahead  # the batch in use and three more, as four fit
+        while fetched < 10 * size:
+            fetched += prefetcher.advance()
+            time.sleep(0.01)
+        prefetcher.close()
+        assert fetched == 10 * size
+
+
+def test_prefetcher__an_error_is_not_lost_but_a_store_that_pauses_is_forgiven(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "pictures", [encoded(picture())] * 21)
+    split = Manifest.load(root).split("train")
+    with serving(root) as store:
+        reader = ShardReader(store.url, split, ShardCache(tmp_path / "cache", retries=Retries(1, 0.01, 5.0)))
+        store.faults[split.shards[0].name] = ["busy"]
+        store.faults[split.shards[1].name] = ["flip"]
+        prefetcher = Prefetcher(reader, [[0], [7], [14]], samples_ahead=100, share=0.5)
+
+        def advance_until_it_fails() -> None:
+            while True:
+                prefetcher.advance()
+                time.sleep(0.01)
+
+        with pytest.raises(DataError, match=rf"{split.shards[1].name}: damaged at the store"):
+            advance_until_it_fails()
+        prefetcher.close()
+        assert reader.read(0)["__key__"] == "image000"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -203,3 +203,21 @@ def test_order__refuses_an_empty_split(sizes: list[int]) -> None:
 def test_sampler__refuses_what_cannot_work(batch_size: int, rank: int, world: int, seen: int, words: str) -> None:
     with pytest.raises(DataError, match=words):
         ElasticSampler(SampleOrder([9]), batch_size, rank, world, seen)
+
+
+@given(orders(), st.integers(1, 30), st.integers(1, 4), st.integers(0, 40))
+def test_positions__are_those_of_the_batches(order: SampleOrder, batch: int, world: int, start: int) -> None:
+    sampler = ElasticSampler(order, max(batch, world), world - 1, world, start)
+    for number, indexes in enumerate(itertools.islice(sampler, 3)):
+        positions = sampler.positions(number)
+        assert [int(order.take(p, p + 1)[0]) for p in positions.tolist()] == indexes
+
+
+@given(orders(), st.integers(0, 200))
+def test_following__walks_along_a_lane_and_then_into_the_next_epoch(order: SampleOrder, start: int) -> None:
+    size, position = order.num_samples, start
+    for _ in range(size):
+        after = order.following(position)
+        assert order.lanes(after, after + 1) == order.lanes(position, position + 1)
+        assert after - position == order.num_lanes or after // size == position // size + 1
+        position = after
