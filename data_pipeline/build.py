@@ -1,109 +1,203 @@
-"""From a source to shards: every image is decoded once; what does not decode is left out and listed."""
+"""From a source to shards: every image is decoded once; what cannot be used is left out and listed.
+
+Processes read and check images, this one writes shards in the order of the listing: equal input gives equal bytes,
+whatever the number of processes. An interrupted build goes on where it was (`unfinished`).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import Manifest, ShardWriter, Split, new_dataset
-from data_pipeline.sources import Sample
-from data_pipeline.sources.imagefolder import SUFFIXES, ImageFolder, list_images
+from data_pipeline.shards import SCHEMA_VERSION, Manifest, ShardWriter, Split, refuse_existing
+from data_pipeline.sources import Job, Listing, Rejected, Sample, UnusableError
+from data_pipeline.sources.layouts import list_source
+from data_pipeline.unfinished import Step, UnfinishedBuild
 
 REJECTED = "rejected.jsonl"
-Job = tuple[Path, int | None]
+JOBS_AT_ONCE = 8  # a process holds so many images; street scenes take megabytes each
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A file that was left out, and why."""
+class Built:
+    """A finished data set: its manifest, what was rejected on the way, and how many shards an earlier build left."""
 
-    file: str
-    reason: str
+    manifest: Manifest
+    rejected: tuple[Rejected, ...]
+    num_kept_shards: int
 
 
-def build_imagefolder(
+def build_dataset(
+    layout: str,
     source: Path,
     out: Path,
     *,
+    splits: Mapping[str, str] | None = None,
     val_fraction: float = 0.0,
+    shard_samples: int = 1000,
+    shard_mib: int = 256,
     num_processes: int | None = None,
+    restart: bool = False,
     on_total: Callable[[int], None] | None = None,
-    progress: Callable[[], None] | None = None,
-) -> tuple[Manifest, list[Rejected]]:
-    """Build the data set `out` from a folder of images; returns its manifest and what was left out.
+    progress: Callable[[int], None] | None = None,
+) -> Built:
+    """Build the data set `out` from `source`, a folder in one of `sources.layouts`.
 
-    `out` appears when it is complete, and not at all on an error. Equal input gives equal bytes, whatever the
-    number of processes.
+    `out` appears when it is complete, and not at all before. After an interruption the same call goes on behind the
+    last finished shard, and gives the bytes of a build that was never interrupted.
 
     Args:
-        val_fraction: share of the images, every n-th, that becomes the val split where the source has none.
-        num_processes: for decoding; None is one a core.
-        on_total, progress: called with the number of files, and after each of them.
+        splits: names of the splits to make, each with the source's split it is made of; None: the layout's own.
+        val_fraction: share of the images of train, every n-th, that becomes the val split where there is none.
+        shard_samples, shard_mib: a shard is closed at so many samples or MiB.
+        num_processes: for reading images; None is one a core.
+        restart: discard what an interrupted build left.
+        on_total, progress: called with the number of images, and with how many more are done.
 
     Raises:
-        DataError: nothing to build from, `out` is there already, or no image decodes.
+        DataError: nothing to build from, contradicting annotations, `out` is there already, or no image is usable.
     """
-    images = list_images(source)
-    splits = _splits(images, val_fraction)
+    for name, value in (("shard-samples", shard_samples), ("shard-mib", shard_mib)):
+        if value < 1:
+            raise DataError(f"{name}={value} must be at least 1")
+    refuse_existing(out)
+    listing = list_source(layout, source, splits)
+    jobs = _set_val_aside(listing.splits, val_fraction)
     if on_total is not None:
-        on_total(sum(map(len, splits.values())))
-    rejected = [Rejected(str(path), "lies beside the class folders, so it has no class") for path in images.strays]
-    built: dict[str, Split] = {}
-    with new_dataset(out) as folder:
-        # With it comes torch: after bad folders were refused, but before the processes fork, which then share it.
-        import data_pipeline.loader  # noqa: F401
+        on_total(sum(map(len, jobs.values())))
+    plan = {
+        "layout": layout,
+        "source": str(source.resolve()),
+        "splits": None if splits is None else dict(splits),
+        "val-fraction": val_fraction,
+        "shard-samples": shard_samples,
+        "shard-mib": shard_mib,
+        "schema": SCHEMA_VERSION,
+        "listing": _digest(listing),
+    }
+    with UnfinishedBuild(out, plan, restart=restart, num_processes=num_processes) as unfinished:
+        # With it comes torch: after bad sources were refused, but before the processes fork, which then share it.
+        import data_pipeline.decoding  # noqa: F401
 
-        for name, files in splits.items():
-            with ShardWriter(folder, name) as writer:
-                for number, result in enumerate(ordered_map(read_sample, files, num_processes)):
-                    if isinstance(result, Rejected):
-                        rejected.append(result)
-                    else:
-                        writer.write(result.fields(f"{name}-{number:08d}"))
-                    if progress is not None:
-                        progress()
-            if writer.shards:
-                built[name] = Split(tuple(writer.shards))
-        if not built:
-            first = rejected[-1]
-            raise DataError(
-                f"{source}: none of its {len(rejected)} images decodes ({first.file}: {first.reason}); "
-                "name a folder of JPEG, PNG or WebP images"
-            )
+        num_kept = sum(step.shard is not None for step in unfinished.steps)
+        for split, listed in jobs.items():
+            with ShardWriter(
+                unfinished.dataset,
+                split,
+                max_samples=shard_samples,
+                max_bytes=shard_mib * 2**20,
+                finished=[step.shard for step in unfinished.of_split(split) if step.shard is not None],
+            ) as writer:
+                _write_split(unfinished, writer, listing, listed, num_processes, progress)
+        manifest, rejected = _summary(listing, jobs, unfinished.steps)
         if rejected:
-            (folder / REJECTED).write_text("".join(json.dumps(asdict(item)) + "\n" for item in rejected))
-        manifest = Manifest(source.resolve().name, images.classes, built)
-        manifest.save(folder)
-    return manifest, rejected
+            lines = "".join(json.dumps(asdict(item)) + "\n" for item in rejected)
+            (unfinished.dataset / REJECTED).write_text(lines)
+        manifest.save(unfinished.dataset)
+        unfinished.publish()
+    return Built(manifest, rejected, num_kept)
 
 
-def read_sample(job: Job) -> Sample | Rejected:
-    """The file of a job as a sample, decoded once to see that it can be."""
-    from data_pipeline.loader import decode_image
+def _write_split(
+    unfinished: UnfinishedBuild,
+    writer: ShardWriter,
+    listing: Listing,
+    jobs: tuple[Job, ...],
+    num_processes: int | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Write the samples of a split behind the finished ones, with a step for each finished shard."""
+    done = unfinished.of_split(writer.split)
+    start = done[-1].next_job if done else 0
+    report = progress or (lambda count: None)
+    report(start)
+    rejected: list[Rejected] = []
 
-    path, label = job
+    def record(next_job: int, num_shards: int) -> None:
+        shard = writer.shards[-1] if len(writer.shards) > num_shards else None
+        unfinished.record(Step(writer.split, next_job, shard, tuple(rejected)))
+        rejected.clear()
+
+    results = ordered_map(partial(_read, listing.read), jobs[start:], num_processes, JOBS_AT_ONCE)
+    num_shards = len(writer.shards)
+    for number, result in enumerate(results, start):
+        if isinstance(result, Rejected):
+            rejected.append(result)
+        else:
+            writer.write(result.fields(f"{writer.split}-{number:08d}"))
+            if len(writer.shards) > num_shards:  # this sample is the first of the next shard
+                record(number, num_shards)
+                num_shards = len(writer.shards)
+            rejected += result.remarks
+        report(1)
+    if start < len(jobs):
+        writer.finish()
+        record(len(jobs), num_shards)
+
+
+def _read(read: Callable[[Any], Sample], job: Job) -> Sample | Rejected:
     try:
-        data = path.read_bytes()
-        height, width = decode_image(data).shape[:2]
-    except OSError as error:
-        return Rejected(str(path), f"cannot be read ({error.strerror})")
-    except DataError as error:
-        return Rejected(str(path), str(error))
-    return Sample(data, SUFFIXES[path.suffix.lower()], width, height, label, image_id=path.stem)
+        return read(job)
+    except UnusableError as error:
+        return Rejected(job.name, "image", str(error))
 
 
-def _splits(images: ImageFolder, val_fraction: float) -> dict[str, list[Job]]:
-    """Files by split, every n-th of train set aside where there is no val; classes keep their shares."""
+def _summary(
+    listing: Listing, jobs: Mapping[str, tuple[Job, ...]], steps: list[Step]
+) -> tuple[Manifest, tuple[Rejected, ...]]:
+    """The manifest of all steps, and all that was rejected."""
+    rejected = (*listing.rejected, *(item for step in steps for item in step.rejected))
+    shards = {split: [step.shard for step in steps if step.split == split and step.shard] for split in jobs}
+    splits = {split: Split(tuple(found)) for split, found in shards.items() if found}
+    if not splits:
+        images = [item for item in rejected if item.what == "image"]
+        first = f" ({images[-1].file}: {images[-1].reason})" if images else ""
+        raise DataError(
+            f"{listing.root}: none of its {len(images)} images can be used{first}; "
+            "name a folder of JPEG, PNG or WebP images"
+        )
+    name = listing.root.resolve().name
+    return Manifest(name, listing.classes, splits, semantic_classes=listing.semantic_classes), rejected
+
+
+def _set_val_aside(splits: Mapping[str, tuple[Job, ...]], val_fraction: float) -> dict[str, tuple[Job, ...]]:
+    """Jobs by split, every n-th of train set aside where there is no val."""
     if not 0 <= val_fraction < 1:
         raise DataError(f"val-fraction={val_fraction:g} must be at least 0 and less than 1")
-    splits = {listing.split: list(listing.files) for listing in images.listings}
     if val_fraction == 0 or "val" in splits or "train" not in splits:
-        return splits
+        return dict(splits)
     parts: tuple[list[Job], list[Job]] = ([], [])
     for number, job in enumerate(splits["train"]):
         parts[int((number + 1) * val_fraction) > int(number * val_fraction)].append(job)
-    return {**splits, "train": parts[0], "val": parts[1]}
+    return {**splits, "train": tuple(parts[0]), "val": tuple(parts[1])}
+
+
+def _digest(listing: Listing) -> str:
+    """sha256 of all that a listing holds, and of the size and time of each of its files."""
+    digest = hashlib.sha256(repr((listing.classes, listing.semantic_classes, listing.rejected)).encode())
+    for split, jobs in listing.splits.items():
+        digest.update(split.encode())
+        for job in jobs:
+            digest.update(repr(list(_facts(job, listing.root))).encode())
+    return digest.hexdigest()
+
+
+def _facts(job: Job, root: Path) -> Iterator[object]:
+    """What a job holds, its paths from the source on, so that it does not matter how the source was named."""
+    for name, value in vars(job).items():
+        if isinstance(value, Path) and name != "root":
+            yield str(value).removeprefix(str(root))
+            try:
+                status = value.stat()
+                yield status.st_size, status.st_mtime_ns
+            except OSError:
+                yield None
+        elif name != "root":
+            yield value

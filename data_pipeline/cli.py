@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from data_pipeline.sources import Rejected
 
 app = typer.Typer(no_args_is_help=True, help="Make, look at and check data sets.")
 console = Console(highlight=False, markup=False, soft_wrap=True)
-SHOWN_CLASSES = 30
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 def _bar() -> Progress:
@@ -42,37 +48,88 @@ def scenes(
 
 @app.command()
 def build(
-    layout: Annotated[str, typer.Argument(help="Layout of the source: imagefolder.")],
-    source: Annotated[Path, typer.Argument(help="Folder of images, with or without train/, val/, classes.")],
+    layout: Annotated[str, typer.Argument(help="Layout of the source: imagefolder, voc, coco or cityscapes.")],
+    source: Annotated[Path, typer.Argument(help="Folder in that layout.")],
     out: Annotated[Path, typer.Argument(help="New folder for the data set.")],
-    val_fraction: Annotated[float, typer.Option(help="Share set aside for validation if val/ is missing.")] = 0.0,
-    processes: Annotated[int | None, typer.Option(help="Decoding processes; one a core if not given.")] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(help="NEW=OLD: make split NEW of the source's split OLD; may be repeated. All if not given."),
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of train set aside if there is no val.")] = 0.0,
+    shard_samples: Annotated[int, typer.Option(help="Greatest number of samples in a shard.")] = 1000,
+    shard_mib: Annotated[int, typer.Option(help="Size at which a shard is closed, in MiB.")] = 256,
+    processes: Annotated[int | None, typer.Option(help="Reading processes; one a core if not given.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted build left.")] = False,
 ) -> None:
-    """Turn a folder of images into shards and a manifest; what does not decode is left out and listed.
+    """Turn images and annotations into shards and a manifest; what cannot be used is left out and listed.
 
-    Example: dicm data build imagefolder photos data/photos --val-fraction 0.1
+    After an interruption the same command goes on behind the last finished shard.
+
+    Examples: dicm data build imagefolder photos data/photos --val-fraction 0.1;
+    dicm data build coco coco2017 data/coco;
+    dicm data build voc VOC2007 data/voc --split train=trainval --split val=test
     """
-    from data_pipeline.build import REJECTED, build_imagefolder
+    from data_pipeline.build import REJECTED, build_dataset
     from data_pipeline.errors import DataError
 
-    if layout != "imagefolder":
-        raise DataError(f"layout {layout!r} is unknown; use imagefolder")
     if processes is not None and processes < 1:
         raise DataError(f"processes={processes} must be at least 1")
-    with _bar() as bar:
-        task = bar.add_task("building", total=None)
-        manifest, rejected = build_imagefolder(
-            source,
-            out,
-            val_fraction=val_fraction,
-            num_processes=processes,
-            on_total=lambda total: bar.update(task, total=total),
-            progress=lambda: bar.advance(task),
-        )
-    counts = ", ".join(f"{split.num_samples} {name}" for name, split in manifest.splits.items())
-    classes = f"of {len(manifest.classes)} classes" if manifest.classes else "without classes"
-    left_out = f"{len(rejected)} left out, see {out / REJECTED}" if rejected else "none left out"
+    try:
+        with _bar() as bar:
+            task = bar.add_task("building", total=None)
+            built = build_dataset(
+                layout,
+                source,
+                out,
+                splits=_splits(split) if split else None,
+                val_fraction=val_fraction,
+                shard_samples=shard_samples,
+                shard_mib=shard_mib,
+                num_processes=processes,
+                restart=restart,
+                on_total=lambda total: bar.update(task, total=total),
+                progress=lambda count: bar.advance(task, count),
+            )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on behind the finished shards", file=sys.stderr)
+        raise
+    if built.num_kept_shards:
+        console.print(f"went on behind {built.num_kept_shards} finished shard(s) of an interrupted build")
+    counts = ", ".join(f"{of.num_samples} {name}" for name, of in built.manifest.splits.items())
+    num_classes = len(built.manifest.classes)
+    classes = f"of {num_classes} class{'' if num_classes == 1 else 'es'}" if num_classes else "without classes"
+    left_out = f"{_rejections(built.rejected)}, see {out / REJECTED}" if built.rejected else "none left out"
     console.print(f"{counts} images {classes} -> {out}; {left_out}")
+
+
+def _splits(options: list[str]) -> dict[str, str]:
+    """{new name: the source's name} of options NEW=OLD."""
+    from data_pipeline.errors import DataError
+
+    splits = {}
+    for option in options:
+        new, _, old = option.partition("=")
+        if not SPLIT_NAME.fullmatch(new) or not old:
+            raise DataError(f"split {option!r}: write NEW=OLD, as in train=trainval; NEW is letters, digits and _")
+        if new in splits:
+            raise DataError(f"split {new!r} is named twice; name each new split once")
+        splits[new] = old
+    return splits
+
+
+def _rejections(rejected: Iterable[Rejected]) -> str:
+    """Counts of what was rejected, by kind."""
+    counts = Counter[str]()
+    for item in rejected:
+        counts[item.what] += item.count
+    words = {
+        "image": "left out",
+        "box": "box(es) without area dropped",
+        "clipped": "box(es) clipped",
+        "masks": "image(s) without their masks",
+        "annotation": "annotation(s) without an image",
+    }
+    return ", ".join(f"{counts[what]} {text}" for what, text in words.items() if counts[what])
 
 
 @app.command()
@@ -82,7 +139,7 @@ def inspect(
         Path | None, typer.Option(help="Contact sheet (PNG); ROOT/contact_sheet.png if not given.")
     ] = None,
 ) -> None:
-    """Print counts, sizes and classes of a data set; write a contact sheet.
+    """Print counts, classes and sizes of a data set; write a contact sheet of its first split.
 
     Example: dicm data inspect data/scenes --sheet sheet.png
     """
@@ -90,34 +147,26 @@ def inspect(
 
     manifest = Manifest.load(root)
 
-    from data_pipeline.inspect import split_facts, write_contact_sheet
+    from data_pipeline.contact_sheet import write_contact_sheet
+    from data_pipeline.inspect import split_facts
+    from data_pipeline.tables import tables
 
+    usual = ("train", "val", "test")
+    names = sorted(manifest.splits, key=lambda name: (usual.index(name) if name in usual else len(usual), name))
     with _bar() as bar:
         task = bar.add_task("reading", total=sum(split.num_samples for split in manifest.splits.values()))
-        facts = {name: split_facts(root, manifest, name, lambda: bar.advance(task)) for name in manifest.splits}
-    noted = [kind for kind in ("boxes", "masks", "semantic") if any(getattr(of, kind) for of in facts.values())]
-    table = Table("split", "samples", "shards", "MiB", "width", "height", *noted, title=manifest.name)
-    for name, of in facts.items():
-        sizes = ("{}..{}".format(*of.widths), "{}..{}".format(*of.heights))
-        counts = (str(getattr(of, kind)) for kind in noted)
-        table.add_row(name, str(of.samples), str(of.shards), f"{of.bytes / 2**20:.1f}", *sizes, *counts)
-    console.print(table)
-    if manifest.classes:
-        table = Table("", "class", *facts, title=f"{len(manifest.classes)} classes")
-        for label, name in enumerate(manifest.classes[:SHOWN_CLASSES]):
-            table.add_row(str(label), name, *(str(of.labels[label]) for of in facts.values()))
+        facts = {name: split_facts(root, manifest, name, lambda count: bar.advance(task, count)) for name in names}
+    for table in tables(manifest, facts):
         console.print(table)
-    if (more := len(manifest.classes) - SHOWN_CLASSES) > 0:
-        console.print(f"and {more} more classes")
     path = sheet or root / "contact_sheet.png"
-    if manifest.splits:
-        write_contact_sheet(root, manifest, next(iter(manifest.splits)), path)
+    if names:
+        write_contact_sheet(root, manifest, names[0], path)
         console.print(f"contact sheet: {path}")
 
 
 @app.command()
 def verify(root: Annotated[str, typer.Argument(help="Folder or URL (s3://, https://) of a data set.")]) -> None:
-    """Check every shard: checksum, index, that each image decodes, labels in range.
+    """Check every shard: checksum, index, that each image decodes, labels, boxes and masks in range.
 
     Example: dicm data verify data/scenes
     """

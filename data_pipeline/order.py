@@ -13,6 +13,13 @@ their shards.
 
     list of the epoch   | a b c d | e f g | h i j |        10 samples, 3 lanes
     order               a e h  b f i  c g j  d
+
+No list is ever made. The permutations are those of a keyed Feistel network, so that the sample at any position is
+computed by itself: a run of a thousand million samples resumes in its last epoch as fast as at its first step, in
+memory that follows the number of shards. Only integer arithmetic enters, which no library's next version changes.
+
+Sources: Feistel networks as permutations (Luby, Rackoff 1988), of any size by walking along cycles (Black, Rogaway
+2002); the round function is SplitMix64's finalizer (Steele, Lea, Flood 2014).
 """
 
 from __future__ import annotations
@@ -25,12 +32,14 @@ from torch.utils.data import Sampler
 
 from data_pipeline.errors import DataError
 
-# An epoch's list is kept while it is read, with its successor for batches that run across the end.
+# An epoch's shards are kept while it is read, with those of its successor for batches that run across the end.
 KEPT_EPOCHS = 2
+ROUNDS = 16
+GOLDEN = np.array([0x9E3779B97F4A7C15], np.uint64)  # 2^64 over the golden ratio: SplitMix64's step
 
 
 class SampleOrder:
-    """The infinite order of samples. Memory is that of two epochs' lists: 16 bytes a sample.
+    """The infinite order of samples. Memory: some 50 bytes a shard, nothing a sample.
 
     Args:
         shard_sizes: samples in each shard; dataset indexes count through them (shard-major).
@@ -55,19 +64,19 @@ class SampleOrder:
             raise DataError("the split has no samples; build a data set with at least one image")
         self.num_lanes = min(num_lanes, self.num_samples)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
-        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._plans: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def take(self, start: int, stop: int) -> np.ndarray:
         """Dataset index (int64) at each global position start..stop-1; positions run on across epochs.
 
-        Costs one permutation of an epoch where its list is not at hand, whatever the position: nothing is
+        Costs the permutation of an epoch's shards where it is not at hand, whatever the position: nothing is
         replayed.
         """
         epochs, within = np.divmod(np.arange(start, stop, dtype=np.int64), self.num_samples)
         indexes = np.empty_like(within)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            indexes[chosen] = self.epoch(int(epoch))[self._list_positions(within[chosen])]
+            indexes[chosen] = self._listed(int(epoch), self._list_positions(within[chosen]))
         return indexes
 
     def lanes(self, start: int, stop: int) -> np.ndarray:
@@ -76,24 +85,34 @@ class SampleOrder:
 
     def epoch(self, epoch: int) -> np.ndarray:
         """The list of epoch `epoch` before it is cut into lanes: a permutation of all dataset indexes."""
-        if epoch not in self._epochs:
-            self._epochs[epoch] = self._permute(epoch)
-            if len(self._epochs) > KEPT_EPOCHS:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(epoch)
-        return self._epochs[epoch]
+        return self._listed(epoch, np.arange(self.num_samples, dtype=np.int64))
 
-    def _permute(self, epoch: int) -> np.ndarray:
+    def _listed(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Dataset index at each of `places` (int64) of an epoch's list."""
         if self.shuffle_shards == 0:
-            return np.arange(self.num_samples, dtype=np.int64)
-        bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch)))
-        shards = _permutation(bits, len(self.shard_sizes))
-        pools = []
-        for first in range(0, len(shards), self.shuffle_shards):
-            members = shards[first : first + self.shuffle_shards]
-            pool = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in members])
-            pools.append(pool[_permutation(bits, len(pool))])
-        return np.concatenate(pools)
+            return places
+        shards, starts = self._plan(epoch)
+        bounds = np.append(starts[: -1 : self.shuffle_shards], starts[-1])
+        pools = np.searchsorted(bounds, places, side="right") - 1
+        first = bounds[pools]
+        sizes, keys = bounds[pools + 1] - first, _key(self.seed, epoch, pools + 1)
+        shuffled = first + permute(places - first, sizes, keys)
+        turn = np.searchsorted(starts, shuffled, side="right") - 1
+        return self._starts[shards[turn]] + shuffled - starts[turn]
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of an epoch, and where each begins in its list; the list's end behind them."""
+        if epoch not in self._plans:
+            count = len(self.shard_sizes)
+            turns = np.arange(count, dtype=np.int64)
+            shards = permute(
+                turns, np.full_like(turns, count), np.full(count, _key(self.seed, epoch, np.zeros(1, int)))
+            )
+            self._plans[epoch] = shards, np.concatenate([[0], np.cumsum(self.shard_sizes[shards])])
+            if len(self._plans) > KEPT_EPOCHS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(epoch)
+        return self._plans[epoch]
 
     def _list_positions(self, within: np.ndarray) -> np.ndarray:
         """Place in the epoch's list of position p of the epoch: item p // num_lanes of lane p % num_lanes.
@@ -160,10 +179,41 @@ class ElasticSampler(Sampler[list[int]]):
         return start + by_lane[self.rank * self.local_batch : (self.rank + 1) * self.local_batch]
 
 
-def _permutation(bits: np.random.PCG64, count: int) -> np.ndarray:
-    """A random permutation of 0..count-1, the ranks of raw 64-bit draws.
+def permute(items: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where each of `items` (int64, 0..size-1) goes in a random permutation of its `size` items.
 
-    NumPy promises that a bit generator's raw stream never changes, but not what `Generator.permutation` makes of
-    it: a run resumed after an upgrade must find the same order.
+    Args:
+        sizes: (int64, below 2^53) of the permutation that each item is part of.
+        keys: (uint64) of that permutation.
     """
-    return np.argsort(bits.random_raw(count), kind="stable")
+    bits = np.frexp((sizes - 1).astype(np.float64))[1].astype(np.uint64)
+    low_bits = (bits + np.uint64(1)) // np.uint64(2)
+    low_mask, high_mask = (((np.uint64(1) << width) - np.uint64(1)) for width in (low_bits, bits - low_bits))
+    # The network permutes the next power of two. Whoever lands outside goes on along its cycle, which leads back in.
+    where, outside = items.astype(np.uint64), np.flatnonzero(sizes > 1)
+    while len(outside):
+        high, low = where[outside] >> low_bits[outside], where[outside] & low_mask[outside]
+        for number in np.arange(ROUNDS, dtype=np.uint64):
+            round_keys = keys[outside] + number * GOLDEN
+            if number % np.uint64(2):
+                low ^= _mix(high ^ round_keys) & low_mask[outside]
+            else:
+                high ^= _mix(low ^ round_keys) & high_mask[outside]
+        where[outside] = (high << low_bits[outside]) | low
+        outside = outside[where[outside] >= sizes[outside].astype(np.uint64)]
+    return where.astype(np.int64)
+
+
+def _key(seed: int, epoch: int, numbers: np.ndarray) -> np.ndarray:
+    """A key (uint64) for each of `numbers` in an epoch."""
+    key = np.zeros(1, np.uint64)
+    for part in (np.array([seed]), np.array([epoch]), numbers):
+        key = _mix(key + (part.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    return key
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64: every bit of uint64 values depends on every other."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
+
+from data_pipeline.errors import DataError
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -20,9 +26,12 @@ def ordered_map(
 
     `Executor.map` submits all jobs at once and keeps every result until it is asked for; here at most four
     chunks a process are under way, so memory stays flat over millions of images. None: a process a core.
+
+    Raises:
+        DataError: a process was ended from outside; and whatever `function` raises.
     """
     num_processes = num_processes or os.cpu_count() or 1
-    with ProcessPoolExecutor(num_processes, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(num_processes, initializer=_settle) as pool:
         left = iter(jobs)
         chunks = iter(lambda: tuple(islice(left, chunk)), ())
         pending: deque[Future[list[R]]] = deque(
@@ -33,6 +42,11 @@ def ordered_map(
                 results = pending.popleft().result()
                 pending.extend(pool.submit(_apply, function, part) for part in islice(chunks, 1))
                 yield from results
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process was ended from outside, perhaps for want of memory; run the same again, "
+                "with fewer --processes"
+            ) from error
         finally:
             for future in pending:
                 future.cancel()
@@ -42,8 +56,19 @@ def _apply(function: Callable[[J], R], jobs: tuple[J, ...]) -> list[R]:
     return [function(job) for job in jobs]
 
 
-def _one_thread() -> None:
+def _settle() -> None:
+    """Make a new worker process one thread of work that its parent alone ends."""
     # Each process has its core; OpenCV's own threads would only contend.
     import cv2
 
     cv2.setNumThreads(0)
+    # Ctrl-C reaches every process of the terminal; the parent sees to it, and workers have nothing to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    # A killed parent tells its workers nothing: they would wait for jobs for ever.
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)

@@ -77,7 +77,7 @@ def write_scenes(
                     if progress is not None:
                         progress()
             splits[split] = Split(tuple(writer.shards))
-        manifest = Manifest("scenes", CLASSES, splits)
+        manifest = Manifest("scenes", CLASSES, splits, semantic_classes=("background", *CLASSES))
         manifest.save(folder)
     return manifest
 

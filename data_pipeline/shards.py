@@ -75,12 +75,19 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set holds; `dataset.json` beside the shards."""
+    """What a data set holds; `dataset.json` beside the shards.
+
+    `classes` names the values of a sample's `label` and `labels`. `semantic_classes` names the values of its semantic
+    mask: value v is `semantic_classes[v]`, and 255 is to be ignored whatever the classes. Whether there is a
+    background, and at which value, is thus the data set's to say. It is empty where no sample has a mask, and in
+    data sets older than the field: see `mask_names`.
+    """
 
     name: str
     classes: tuple[str, ...]
     splits: dict[str, Split]
     schema_version: int = SCHEMA_VERSION
+    semantic_classes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, root: str | Path) -> Self:
@@ -103,7 +110,8 @@ class Manifest:
                 name: Split(tuple(_shard(shard, path) for shard in split["shards"]))
                 for name, split in fields["splits"].items()
             }
-            return cls(fields["name"], tuple(fields["classes"]), splits, version)
+            semantic = tuple(fields.get("semantic_classes", ()))
+            return cls(fields["name"], tuple(fields["classes"]), splits, version, semantic)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged manifest ({error}); build the data set again") from error
 
@@ -118,13 +126,24 @@ class Manifest:
             raise DataError(f"{self.name}: no split {name!r}; it has {', '.join(self.splits) or 'none'}")
         return self.splits[name]
 
+    @property
+    def mask_names(self) -> tuple[str, ...]:
+        """Names of the values of semantic masks, by value.
+
+        Data sets older than `semantic_classes` have 0 as background and k + 1 as class k.
+        """
+        return self.semantic_classes or ("background", *self.classes)
+
     @cached_property
     def hash(self) -> str:
         """sha256 of the manifest: changes with any sample, its order or the classes."""
         return hashlib.sha256(self._json().encode()).hexdigest()
 
     def _json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True)
+        fields = asdict(self)
+        if not self.semantic_classes:  # so that the hash of a data set older than the field stays what it was
+            del fields["semantic_classes"]
+        return json.dumps(fields, separators=(",", ":"), sort_keys=True)
 
 
 def _manifest_text(root: str | Path) -> tuple[str, bytes]:
@@ -187,6 +206,12 @@ class _Replacing(io.FileIO):
             self.temporary.unlink(missing_ok=True)
 
 
+def refuse_existing(out: Path) -> None:
+    """DataError where `out` is there already and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: is there already; name a new folder or remove it")
+
+
 @contextmanager
 def new_dataset(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` when the block ends well, and is removed otherwise.
@@ -197,8 +222,7 @@ def new_dataset(out: Path) -> Iterator[Path]:
     target = Path(os.path.abspath(out))
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise DataError(f"{out}: is there already; name a new folder or remove it")
+        refuse_existing(out)
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, target)
@@ -215,12 +239,21 @@ class ShardWriter:
 
     A shard is closed when it holds `max_samples` samples or `max_bytes` bytes: it is what a cache fetches and
     a process verifies at once, so it should neither be tiny nor take minutes. `shards` holds the finished ones
-    once the block has ended.
+    once the block has ended. With `finished`, shards that an earlier writer of the same split left, it goes on
+    behind them.
     """
 
-    def __init__(self, root: str | Path, split: str, *, max_samples: int = 1000, max_bytes: int = 256 * 2**20):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        *,
+        max_samples: int = 1000,
+        max_bytes: int = 256 * 2**20,
+        finished: Sequence[Shard] = (),
+    ):
         self.root, self.split, self.max_samples, self.max_bytes = Path(root), split, max_samples, max_bytes
-        self.shards: list[Shard] = []
+        self.shards: list[Shard] = list(finished)
         self._file: _Replacing | None = None
         self._tar: Any = None
         self._offsets: list[int] = []
@@ -237,7 +270,7 @@ class ShardWriter:
         if len(self._offsets) == self.max_samples or (
             self._file is not None and self._tar.tarstream.offset >= self.max_bytes
         ):
-            self._finish()
+            self.finish()
         if self._file is None:
             import webdataset  # imports torch, which readers and refusals should not wait for
 
@@ -247,7 +280,8 @@ class ShardWriter:
         self._offsets.append(self._tar.tarstream.offset)
         self._tar.write(dict(sample))
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Close the shard that is being written, if any; a further sample begins another."""
         if self._file is None:
             return
         self._tar.close()
@@ -265,7 +299,7 @@ class ShardWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self._finish()
+            self.finish()
         elif self._file is not None:
             # Closed here, or the tar's stream would complain when it is collected.
             with suppress(OSError):

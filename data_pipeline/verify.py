@@ -15,12 +15,15 @@ from PIL import Image
 
 from data_pipeline.addresses import is_remote, join, local_folder
 from data_pipeline.cache import ShardCache
+from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
-from data_pipeline.loader import decode_image
 from data_pipeline.parallel import ordered_map
 from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, Shard, ShardReader, Split
+from data_pipeline.sources.annotations import OutlineError, check_mask
+from data_pipeline.sources.reading import MASK_MODES
 
 IGNORE = 255
+PER_BOX = ("labels", "masks", "difficult", "iscrowd", "areas")  # one entry for each box, where they are given
 
 
 def faults(
@@ -29,7 +32,8 @@ def faults(
     """What is wrong with the data set `root`, a line each; nothing where it is sound.
 
     Checks that shards are those of the manifest (size, sha256), that each indexed sample is there and alone, that
-    its image decodes to the size noted, and that labels, boxes and semantic classes lie in range.
+    its image decodes to the size noted, that labels, boxes and semantic values lie in range, and that masks are of the
+    image's size and one for each box.
 
     Shards of a URL are fetched anew, whatever the cache holds: it is the store that is looked at.
 
@@ -40,11 +44,12 @@ def faults(
         DataError: there is no manifest that can be read.
     """
     manifest = Manifest.load(root)
+    counts = len(manifest.classes), len(manifest.mask_names)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     num_processes = num_processes or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="dicm-verify-") as folder:
         room = 2 * num_processes * max((shard.bytes for shard in shards), default=1)
-        jobs = [(root, shard, len(manifest.classes), ShardCache(folder, room)) for shard in shards]
+        jobs = [(root, shard, *counts, ShardCache(folder, room)) for shard in shards]
         for shard, found in zip(shards, ordered_map(shard_faults, jobs, num_processes, chunk=1), strict=True):
             yield from found
             if progress is not None:
@@ -56,9 +61,9 @@ def faults(
                 yield f"{path}: is not in the manifest; remove it"
 
 
-def shard_faults(job: tuple[str | Path, Shard, int, ShardCache]) -> list[str]:
+def shard_faults(job: tuple[str | Path, Shard, int, int, ShardCache]) -> list[str]:
     """Faults of one shard; its samples are looked at only if its bytes are those of the manifest."""
-    root, shard, num_classes, cache = job
+    root, shard, num_classes, num_semantic, cache = job
     reader = ShardReader(root, Split((shard,)), cache)
     found: list[str] = []
     for index in range(shard.samples):
@@ -66,12 +71,18 @@ def shard_faults(job: tuple[str | Path, Shard, int, ShardCache]) -> list[str]:
             sample = reader.read(index)
         except DataError as error:
             return [*found, str(error)]
-        found += (f"{join(root, shard.name)}, sample {index}: {fault}" for fault in sample_faults(sample, num_classes))
+        where = f"{join(root, shard.name)}, sample {index} ({sample.get('__key__')})"
+        found += (f"{where}: {fault}" for fault in sample_faults(sample, num_classes, num_semantic))
     return found
 
 
-def sample_faults(sample: dict[str, Any], num_classes: int) -> Iterator[str]:
-    """Faults of one sample, as read from its shard."""
+def sample_faults(sample: dict[str, Any], num_classes: int, num_semantic: int) -> Iterator[str]:
+    """Faults of one sample, as read from its shard.
+
+    Args:
+        num_classes: labels are less than this.
+        num_semantic: values of the semantic mask are less than this, or 255.
+    """
     data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
     if data is None:
         yield "has no image"
@@ -79,22 +90,41 @@ def sample_faults(sample: dict[str, Any], num_classes: int) -> Iterator[str]:
     try:
         height, width = decode_image(data).shape[:2]
         facts = json.loads(sample.get("json", b"{}"))
-        labels, boxes = facts.get("labels", []), facts.get("boxes", [])
         if (facts.get("width", width), facts.get("height", height)) != (width, height):
             yield f"is {width} x {height}, not {facts.get('width')} x {facts.get('height')} as noted"
-        for label in [*labels, *([] if facts.get("label") is None else [facts["label"]])]:
-            if not 0 <= label < num_classes:
-                yield f"label {label} of {num_classes} classes"
-        if len(boxes) != len(labels):
-            yield f"{len(boxes)} boxes with {len(labels)} labels"
-        for left, top, right, bottom in boxes:
-            if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-                yield f"box {[left, top, right, bottom]} in an image of {width} x {height}"
+        yield from _object_faults(facts, width, height, num_classes)
         if "mask.png" in sample:
-            mask = np.asarray(Image.open(io.BytesIO(sample["mask.png"])))
-            if mask.shape != (height, width):
-                yield f"mask of {mask.shape[::-1]} for an image of {width} x {height}"
-            if (mask[mask != IGNORE] > num_classes).any():
-                yield f"semantic class {mask[mask != IGNORE].max()} of {num_classes} classes and background"
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+            yield from _semantic_faults(sample["mask.png"], width, height, num_semantic)
+    except (ValueError, TypeError, AttributeError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         yield str(error)
+
+
+def _object_faults(facts: dict[str, Any], width: int, height: int, num_classes: int) -> Iterator[str]:
+    labels, boxes = facts.get("labels", []), facts.get("boxes", [])
+    for label in [*labels, *([] if facts.get("label") is None else [facts["label"]])]:
+        if not 0 <= label < num_classes:
+            yield f"label {label} of {num_classes} classes"
+    for name in PER_BOX:
+        if (name in facts or name == "labels") and len(facts.get(name, [])) != len(boxes):
+            yield f"{len(boxes)} boxes with {len(facts.get(name, []))} {name}"
+    for left, top, right, bottom in boxes:
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            yield f"box {[left, top, right, bottom]} in an image of {width} x {height}"
+    for number, mask in enumerate(facts.get("masks", [])):
+        try:
+            check_mask(mask, width, height)
+        except OutlineError as error:
+            yield f"mask {number} {error}"
+
+
+def _semantic_faults(data: bytes, width: int, height: int, num_semantic: int) -> Iterator[str]:
+    with Image.open(io.BytesIO(data)) as image:
+        if image.mode not in MASK_MODES:
+            yield f"semantic mask of mode {image.mode}, not of 8-bit indexes"
+            return
+        mask = np.asarray(image, dtype=np.uint8)
+    if mask.shape != (height, width):
+        yield f"semantic mask of {mask.shape[1]} x {mask.shape[0]} for an image of {width} x {height}"
+    used = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORE + 1)[:IGNORE])
+    if used.size and used[-1] >= num_semantic:
+        yield f"semantic value {used[-1]} of {num_semantic} semantic classes"

@@ -29,6 +29,8 @@ CROP_ATTEMPTS = 10  # as RandomResizedCrop
 # A crop that shrinks by more than this reads the canvas at half its resolution. At 1.65 the root mean square
 # distance to an antialiased triangle filter (torchvision's) is the same from both, on photographs 6 of 255.
 HALVE_ABOVE = 1.65
+# Images that a CPU works on at once: more leave its caches between steps, and take up to three times as long.
+CPU_CHUNK = 16
 
 
 @dataclass
@@ -230,25 +232,38 @@ def gaussian_blur(images: Tensor, sigmas: Tensor, radius: int) -> Tensor:
     return planes.view(count, 3, height, width)
 
 
-def photometric(images: Tensor, config: ViewConfig, generator: torch.Generator) -> Tensor:
-    """Colour map and blur of (N, 3, H, W) in 0..1, with parameters of its own for each image.
+class Photometric(NamedTuple):
+    """Parameters of `photometric` for N images: their colour changes, and sigmas (N,) of their blur in pixels."""
 
-    The blur's sigma is in pixels of a 224 view and shrinks with the view. Flipping is left to `resample`, where
-    it is free.
-    """
-    count, device = len(images), images.device
+    jitter: ColourJitter
+    sigmas: Tensor  # 0: no blur
+    radius: int  # pixels; of all, because an image's blur must not depend on its neighbours' sigmas
+
+    def part(self, chosen: slice) -> Photometric:
+        """Those of some of the images."""
+        jitter = ColourJitter(*(values[chosen] for values in self.jitter))
+        return Photometric(jitter, self.sigmas[chosen], self.radius)
+
+
+def draw_photometric(
+    count: int, size: int, config: ViewConfig, generator: torch.Generator, device: torch.device
+) -> Photometric:
+    """Parameters for `count` views of `size` pixels; the blur's sigma is in pixels of a 224 view and shrinks along."""
+    jitter = draw_colour_jitter(count, config, generator, device)
+    blurred = _bernoulli(count, config.blur_probability, generator, device)
+    low, high = config.blur_sigma_min * size / 224, config.blur_sigma_max * size / 224
+    sigmas = low + (high - low) * _uniform((count,), generator, device)
+    return Photometric(jitter, sigmas * blurred, math.ceil(3 * high))
+
+
+def photometric(images: Tensor, parameters: Photometric) -> Tensor:
+    """Colour map and blur of (N, 3, H, W) in 0..1. Flipping is left to `resample`, where it is free."""
     # bfloat16 would leave eight bits of a colour; a caller's autocast ends here.
-    with torch.autocast(device.type, enabled=False):
-        jitter = draw_colour_jitter(count, config, generator, device)
-        images = apply_colour(images, colour_matrices(images.mean(dim=(2, 3)), jitter))
-        blurred = _bernoulli(count, config.blur_probability, generator, device).nonzero()[:, 0]
-        scale = images.shape[-1] / 224
-        low, high = config.blur_sigma_min * scale, config.blur_sigma_max * scale
-        sigmas = low + (high - low) * _uniform((count,), generator, device)
+    with torch.autocast(images.device.type, enabled=False):
+        images = apply_colour(images, colour_matrices(images.mean(dim=(2, 3)), parameters.jitter))
+        blurred = parameters.sigmas.nonzero()[:, 0]
         if len(blurred):
-            # One radius for all draws: an image's blur must not depend on its neighbours' sigmas.
-            radius = math.ceil(3 * high)
-            images[blurred] = gaussian_blur(images[blurred], sigmas[blurred], radius)
+            images[blurred] = gaussian_blur(images[blurred], parameters.sigmas[blurred], parameters.radius)
     return images
 
 
@@ -271,18 +286,22 @@ def two_views(
 
     With `boxes` (N, 4) the crops are guided, without they are RandomResizedCrop's.
     """
-    count = len(canvas)
-    images = _in_unit_range(canvas)
-    crops, views = [], []
-    flips = _bernoulli(2 * count, config.flip_probability, generator, canvas.device)
-    for flip in flips.split(count):
+    count, device = len(canvas), canvas.device
+    crops, drawn = [], []
+    flips = _bernoulli(2 * count, config.flip_probability, generator, device).split(count)
+    for _ in flips:
         if boxes is None:
-            crop = random_crops(aspect, config, generator)
+            crops.append(random_crops(aspect, config, generator))
         else:
-            crop = guided_crops(boxes, aspect, config, generator)
-        view = photometric(resample(images, crop, size, flip), config, generator)
-        views.append(normalize(view))
-        crops.append(crop)
+            crops.append(guided_crops(boxes, aspect, config, generator))
+        drawn.append(draw_photometric(count, size, config, generator, device))
+    views = tuple(torch.empty(count, 3, size, size, device=device) for _ in flips)
+    chunk = CPU_CHUNK if device.type == "cpu" else max(count, 1)
+    for first in range(0, count, chunk):
+        part = slice(first, first + chunk)
+        images = _in_unit_range(canvas[part])
+        for view, crop, flip, parameters in zip(views, crops, flips, drawn, strict=True):
+            view[part] = normalize(photometric(resample(images, crop[part], size, flip[part]), parameters.part(part)))
     return views[0], views[1], torch.stack(crops, dim=1)
 
 

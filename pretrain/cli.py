@@ -10,6 +10,8 @@ from rich.console import Console
 
 app = typer.Typer()
 console = Console()
+TILE_HELP = "Side in pixels of the squares that are coded one at a time, which bounds memory: a multiple of 64."
+PRECISION_HELP = "Of the networks: fp32; or bf16, which halves time and memory where the processor has it."
 
 
 @app.command()
@@ -61,6 +63,8 @@ def encode(
     codec: Annotated[str, typer.Option(help="Exported codec: folder or hub id.")] = "codec",
     rate: Annotated[float | None, typer.Option(help="Rate, from 0 (smallest streams) to 1.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Most bytes that a stream may have.")] = None,
+    tile: Annotated[int | None, typer.Option(help=TILE_HELP)] = None,
+    precision: Annotated[str, typer.Option(help=PRECISION_HELP)] = "fp32",
 ) -> None:
     """Encode images to bitstreams, NAME.dicm.
 
@@ -68,7 +72,7 @@ def encode(
     """
     from pretrain.coding import encode_files
 
-    result = encode_files(codec, images, out, console, rate, max_bytes)
+    result = encode_files(codec, images, out, console, rate, max_bytes, tile, precision)
     console.print(
         f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp, "
         f"{result.images_per_second:.2f} images/s"
@@ -92,6 +96,8 @@ def decode(
         typer.Option(help="In a folder: npy (default) or safetensors, (C, H/4, W/4) float32; or png, a picture."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Last layer to read, base or rest; default all.")] = None,
+    tile: Annotated[int | None, typer.Option(help=TILE_HELP)] = None,
+    precision: Annotated[str, typer.Option(help=PRECISION_HELP)] = "fp32",
 ) -> None:
     """Decode bitstreams to features f3.
 
@@ -99,5 +105,5 @@ def decode(
     """
     from pretrain.coding import decode_files
 
-    num_files = decode_files(codec, streams, out, console, format, layers)
+    num_files = decode_files(codec, streams, out, console, format, layers, tile, precision)
     console.print(f"{num_files} streams -> {out}", soft_wrap=True)

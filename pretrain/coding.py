@@ -29,7 +29,9 @@ from torchvision.io import ImageReadMode, decode_image, encode_png
 
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
-from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.feature_codec import PRECISIONS, FeatureCodec
+from pretrain.codec.memory import keep_freed_memory
+from pretrain.codec.tiles import TILE_STEP
 from pretrain.errors import CodecError, ConfigError
 from pretrain.feature_picture import feature_picture
 
@@ -79,6 +81,8 @@ def encode_files(
     console: Console,
     rate: float | None = None,
     max_bytes: int | None = None,
+    tile: int | None = None,
+    precision: str = "fp32",
 ) -> Encoded:
     """Encode every image of `sources` to `out`/NAME.dicm; of several images, those that fail are left out by name.
 
@@ -87,17 +91,19 @@ def encode_files(
         sources: images, or folders of images.
         out: folder, made where it is missing.
         console: for the progress bar.
-        rate: 0..1, passed on to `FeatureCodec.encode` where given.
-        max_bytes: likewise.
+        rate, max_bytes, tile: passed on to `FeatureCodec.encode` where given.
+        precision: of the networks, fp32 or bf16.
 
     Raises:
-        ConfigError: `rate` or `max_bytes` out of range.
+        ConfigError: `rate`, `max_bytes`, `tile` or `precision` out of range.
         CodecError: no image found, two images of one name, the only image fails, `out` cannot be written.
     """
-    limits = _limits(rate, max_bytes)
+    limits = _limits(rate, max_bytes, tile)
+    _check_precision(precision)
     files = _targets(sources, IMAGE_SUFFIXES, out, STREAM_SUFFIX)
     _check_writable(out)
-    model = FeatureCodec.from_pretrained(codec)
+    keep_freed_memory()
+    model = FeatureCodec.from_pretrained(codec, precision)
     result, start = Encoded(), time.perf_counter()
     with _progress(console) as progress:
         task = progress.add_task("encoding", total=len(files), figures="")
@@ -128,6 +134,8 @@ def decode_files(
     console: Console,
     format: str | None = None,
     last_layer: str | None = None,
+    tile: int | None = None,
+    precision: str = "fp32",
 ) -> int:
     """Decode every stream of `sources` to f3, (C, ceil(H/4), ceil(W/4)) float32; returns their number.
 
@@ -139,9 +147,11 @@ def decode_files(
         format: one of `FORMATS`, for a folder. npy holds f3; safetensors f3 with the metadata height, width and
             fingerprint of its codec; png the `feature_picture` of f3, as large as the image.
         last_layer: the last layer of a stream that is read; all where None.
+        tile: side of the squares that are decoded one at a time, which bounds memory.
+        precision: of the networks, fp32 or bf16.
 
     Raises:
-        ConfigError: no such format or layer, or a format that contradicts the name of `out`.
+        ConfigError: no such format, layer or precision, an impossible tile, a format that contradicts `out`'s name.
         CodecError, BitstreamError: no stream found, one that is damaged or of another codec, by name, several for
             one file, `out` cannot be written.
     """
@@ -149,6 +159,8 @@ def decode_files(
         raise ConfigError(f"--layers={last_layer}: no such layer; choose one of {', '.join(LAYER_NAMES)}")
     if format is not None and format not in FORMATS:
         raise ConfigError(f"--format={format}: no such format; choose one of {', '.join(FORMATS)}")
+    _check_precision(precision)
+    _limits(tile=tile)
     named = _format_of_file(out, format)
     files = _targets(sources, {STREAM_SUFFIX}, out, f".{format or FORMATS[0]}")
     if named and len(files) > 1:
@@ -156,25 +168,34 @@ def decode_files(
     if named:
         files = dict.fromkeys(files, out)
     _check_writable(out.parent if named else out)
-    model = FeatureCodec.from_pretrained(codec)
+    keep_freed_memory()
+    model = FeatureCodec.from_pretrained(codec, precision)
     with _progress(console) as progress:
         task = progress.add_task("decoding", total=len(files), figures="")
         for source, target in files.items():
             stream = _read_stream(source)
-            features = _named(source, model.decode, stream, last_layer)[0].cpu()
+            features = _named(source, model.decode, stream, last_layer, tile)[0].cpu()
             fingerprint = model.fingerprint.hex()
             _write(target, _file_of(features, target.suffix[1:].lower(), model.describe(stream), fingerprint))
             progress.advance(task)
     return len(files)
 
 
-def _limits(rate: float | None, max_bytes: int | None) -> dict[str, Any]:
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"--precision={precision}: unknown; choose one of {', '.join(PRECISIONS)}")
+
+
+def _limits(rate: float | None = None, max_bytes: int | None = None, tile: int | None = None) -> dict[str, Any]:
     """The options of `FeatureCodec.encode` that were given."""
     if rate is not None and not 0 <= rate <= 1:
         raise ConfigError(f"--rate={rate}: out of range; choose a number in 0..1")
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"--max-bytes={max_bytes}: out of range; choose a whole number from 1")
-    return {name: value for name, value in {"rate": rate, "max_bytes": max_bytes}.items() if value is not None}
+    if tile is not None and (tile < 1 or tile % TILE_STEP):
+        raise ConfigError(f"--tile={tile}: impossible; choose a multiple of {TILE_STEP} pixels, such as 512")
+    given = {"rate": rate, "max_bytes": max_bytes, "tile": tile}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _format_of_file(out: Path, format: str | None) -> str | None:

@@ -58,6 +58,7 @@ class PretrainConfig:
     data: str = MISSING  # folder or URL (s3://, https://) with dataset.json and shards
     run: str = "runs/pretrain"  # run folder; running again with the same one resumes
     init: str | None = None  # exported codec (folder or hub id) to start from
+    init_parts: list[str] = field(default_factory=lambda: list(PARTS))  # what is taken from it; the rest starts fresh
     split: str = "train"
     image_size: int = 224  # pixels of a view
     canvas_size: int = 256  # pixels of the square to which an image is decoded
@@ -100,6 +101,8 @@ class PretrainConfig:
         for key in ("workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
+        for part in self.init_parts:
+            _one_of("init_parts", part, PARTS)
         if self.cache_limit <= 0:
             raise ConfigError(f"cache_limit={self.cache_limit:g} is impossible; give the cache some GiB")
         _image_size("image_size", self.image_size)

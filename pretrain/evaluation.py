@@ -48,6 +48,13 @@ def depth_of(stage: StageConfig) -> str:
     return "f2" if "redundancy" in stage.trains else "f1"
 
 
+def has_labels(data: str, split: str) -> bool:
+    """Whether images of a split have a label, judged by the first; the classes of a data set may be those of boxes."""
+    return all(
+        bool(batch.label.ge(0).all()) for batch in eval_loader(data, split, canvas_size=8, batch_size=1, limit=1)
+    )
+
+
 def measure_knn(
     runtime: Runtime, config: PretrainConfig, codec: FeatureCodec, manifest: Manifest, stage: StageConfig
 ) -> dict[str, float]:
@@ -56,6 +63,8 @@ def measure_knn(
     Leaves the codec in eval mode. Every rank embeds its share of the images.
     """
     if not config.knn_samples or not manifest.classes or "val" not in manifest.splits:
+        return {}
+    if not all(has_labels(config.data, split) for split in (config.split, "val")):
         return {}
     codec.eval()
     banks: list[Tensor] = []

@@ -10,13 +10,14 @@ from pretrain.errors import CodecError
 
 # Options of a codec that may differ from those of the one it starts from: what they add starts fresh.
 ADDED = {"pretrained", "rate_points", "context", "context_depth", "base_channels", "guard"}
+REDUNDANCY = {"re_channels", "re_latent", "re_depths", "re_kernel", "block"}
 
 
 def create_codec(config: PretrainConfig) -> FeatureCodec:
-    """A trainable codec of `config.codec`; with `config.init` its weights are those of that exported codec.
+    """A trainable codec of `config.codec`; with `config.init` its `init_parts` have the weights of that exported codec.
 
     Raises:
-        CodecError: `init` is not a codec folder, or one of another configuration.
+        CodecError: `init` is not a codec folder, or one whose parts have other options.
     """
     codec = FeatureCodec(config.codec)
     if config.init is None:
@@ -24,15 +25,26 @@ def create_codec(config: PretrainConfig) -> FeatureCodec:
     start = FeatureCodec.from_pretrained(config.init)
     wanted, found = vars(config.codec), vars(start.config)
     for key in wanted.keys() - ADDED:
-        if wanted[key] != found[key]:
+        if wanted[key] != found[key] and _part(key) in config.init_parts:
             raise CodecError(
                 f"init={config.init} has codec.{key}={found[key]}, the recipe has {wanted[key]}; "
-                f"start from a codec of the same configuration or set codec.{key} to its value"
+                f"set codec.{key} to its value, or leave {_part(key)} out of init_parts, which then starts fresh"
             )
     shapes = {name: tensor.shape for name, tensor in codec.state_dict().items()}
-    weights = {name: tensor for name, tensor in start.state_dict().items() if tensor.shape == shapes.get(name)}
+    weights = {
+        name: tensor
+        for name, tensor in start.state_dict().items()
+        if tensor.shape == shapes.get(name) and _part(name.partition(".")[0]) in config.init_parts
+    }
     codec.load_state_dict(weights, strict=False)
     return codec
+
+
+def _part(name: str) -> str:
+    """The part of the codec that an option, or a child module, belongs to."""
+    if name == "backbone":
+        return "backbone"
+    return "redundancy" if name == "redundancy" or name in REDUNDANCY else "compression"
 
 
 def checkpoint_activations(codec: FeatureCodec) -> None:

@@ -1,35 +1,12 @@
-"""Sources of images: each reads one layout on disk and yields `Sample`s."""
+"""Sources of images: one module a layout, each of the same shape.
+
+A module's `list_source(root, splits)` reads names and annotations, refuses what makes no sense before an image is
+touched, and gives a `Listing`: classes, and for each split small picklable jobs. Its `read_sample(job)` makes one job
+a `Sample`, a pure function that any process may run. `data_pipeline.build` knows nothing more of a layout.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from typing import Any
+from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, UnusableError
 
-
-@dataclass
-class Sample:
-    """One image as it came, with what its source knows of it."""
-
-    image: bytes
-    extension: str  # jpg, png or webp
-    width: int = 0
-    height: int = 0
-    label: int | None = None
-    boxes: list[list[float]] = field(default_factory=list)  # x0, y0, x1, y1 in pixels
-    labels: list[int] = field(default_factory=list)  # class of each box
-    masks: list[dict[str, Any]] = field(default_factory=list)  # COCO RLE of each box
-    semantic: bytes | None = None  # PNG of class indexes, 255 to be ignored
-    image_id: str | int | None = None
-
-    def fields(self, key: str) -> dict[str, Any]:
-        """The fields of a shard's sample; what the source does not have is left out."""
-        facts: dict[str, Any] = {"width": self.width, "height": self.height}
-        for name in ("label", "image_id"):
-            if getattr(self, name) is not None:
-                facts[name] = getattr(self, name)
-        for name in ("boxes", "labels", "masks"):
-            if getattr(self, name):
-                facts[name] = getattr(self, name)
-        sample = {"__key__": key, self.extension: self.image, "json": json.dumps(facts).encode()}
-        return sample if self.semantic is None else {**sample, "mask.png": self.semantic}
+__all__ = ["Job", "Listing", "Rejected", "Sample", "UnusableError"]

@@ -8,74 +8,79 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, choose_splits
+from data_pipeline.sources.reading import SUFFIXES, read_picture
 
-SUFFIXES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Files of one split, in a fixed order, each with its class or None."""
+class ImageJob(Job):
+    """An image and its class, or None."""
 
-    split: str
-    files: tuple[tuple[Path, int | None], ...]
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """What a folder holds: class names, the files of each split, and images outside every class folder."""
-
-    classes: tuple[str, ...]
-    listings: tuple[Listing, ...]
-    strays: tuple[Path, ...]
+    label: int | None
 
 
-def list_images(source: Path) -> ImageFolder:
+def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
     """Class names and the files of each split of an image folder.
 
     A split without any class folder is unlabelled. In a split with class folders, an image beside them has no
-    class: it is a stray.
+    class: it is left out.
 
     Raises:
-        DataError: no such folder, no image in it, splits beside class folders, or classes that train lacks.
+        DataError: no image in it, splits beside class folders, or classes that train lacks.
     """
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder; name one that holds images")
-    top = _classes(source)
-    splits = {split: source / split for split in SPLITS if split in top.folders}
-    if splits and (others := sorted(set(top.folders) - set(splits))):
+    top = _classes(root)
+    folders = {split: root / split for split in SPLITS if split in top.folders}
+    if folders and (others := sorted(set(top.folders) - set(folders))):
         raise DataError(
-            f"{source}: {', '.join(splits)} beside other folders of images ({', '.join(others[:3])}); "
+            f"{root}: {', '.join(folders)} beside other folders of images ({', '.join(others[:3])}); "
             "move these into the split they belong to, or rename what is not a split"
         )
-    found = {split: _classes(root) for split, root in splits.items()} or {"train": top}
+    found = {split: _classes(folder) for split, folder in folders.items()} or {"train": top}
     names = list(found["train"].folders) if "train" in found else []
     names = names or sorted({name for classes in found.values() for name in classes.folders})
     numbers = {name: number for number, name in enumerate(names)}
-    listings, strays = [], list(top.loose) if splits else []
+    jobs: dict[str, tuple[Job, ...]] = {}
+    strays = list(top.loose) if folders else []
     for split, classes in found.items():
         if unknown := [name for name in classes.folders if name not in numbers]:
             raise DataError(
-                f"{source}/{split}: class folders {', '.join(unknown[:3])} are not in {source}/train; "
+                f"{root}/{split}: class folders {', '.join(unknown[:3])} are not in {root}/train; "
                 "sort its images into the classes of train, or move them away"
             )
-        files: list[tuple[Path, int | None]] = [
-            (path, numbers[name]) for name, paths in classes.folders.items() for path in paths
-        ]
-        if files:
+        if classes.folders:
             strays += classes.loose
-        else:
-            files = [(path, None) for path in classes.loose]
-        if files:
-            listings.append(Listing(split, tuple(files)))
-    if not listings:
-        raise DataError(f"{source}: no image in it; images end in {', '.join(SUFFIXES)}")
-    readable = _readable_names(source)
-    return ImageFolder(tuple(readable.get(name, name) for name in names), tuple(listings), tuple(strays))
+            jobs[split] = tuple(
+                ImageJob(path, root, numbers[name]) for name, paths in classes.folders.items() for path in paths
+            )
+        elif classes.loose:
+            jobs[split] = tuple(ImageJob(path, root, None) for path in classes.loose)
+    if not jobs:
+        raise DataError(f"{root}: no image in it; images end in {', '.join(SUFFIXES)}")
+    readable = _readable_names(root)
+    return Listing(
+        root=root,
+        classes=tuple(readable.get(name, name) for name in names),
+        semantic_classes=(),
+        splits=choose_splits(jobs, splits, {split: split for split in jobs}, root),
+        rejected=tuple(
+            Rejected(str(path.relative_to(root)), "image", "lies beside the class folders, so it has no class")
+            for path in strays
+        ),
+        read=read_sample,
+    )
+
+
+def read_sample(job: ImageJob) -> Sample:
+    """The image of a job with its label."""
+    picture = read_picture(job.file)
+    return Sample(*picture, label=job.label, image_id=job.file.stem)
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,8 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in images if path.suffix.lower() in SUFFIXES)
 
 
-def _readable_names(source: Path) -> dict[str, str]:
-    path = source / "classes.json"
+def _readable_names(root: Path) -> dict[str, str]:
+    path = root / "classes.json"
     if not path.is_file():
         return {}
     try:

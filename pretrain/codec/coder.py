@@ -26,6 +26,7 @@ from pretrain.codec.context import CheckerboardContext, anchor_mask
 from pretrain.codec.entropy import (
     MAX_SYMBOL,
     SCALE_LEVELS,
+    STATE_BITS,
     CoderTables,
     LatentEntropy,
     SymbolDecoder,
@@ -130,6 +131,27 @@ class StreamCoder:
             predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols)
         y2_hat = y2_symbols.to(predicted.means.device) / y2_gain + predicted.means
         return y2_hat.float(), height, width
+
+    @property
+    def state_bits(self) -> int:
+        """Bits of a stream's layers beside those of their symbols."""
+        return STATE_BITS * len(self.groups)
+
+    @torch.no_grad()
+    def likelihoods(self, z_values: Tensor, y2_residuals: Tensor, y2_scales: Tensor) -> dict[str, Tensor]:
+        """What the tables give to quantized latents, 2^-bits (float32), without making bytes.
+
+        Args:
+            z_values: (N, z_channels, ...) z_hat, times its gain.
+            y2_residuals, y2_scales: (N, latent_channels, ...) y2_hat less its means, and scales, times their gain.
+        """
+        z_symbols = (z_values - self.medians.to(z_values)).round()
+        z_indexes = torch.arange(self.z_channels, device=z_symbols.device)[:, None, None].expand(z_symbols.shape)
+        y2_indexes, _ = scale_indexes(y2_scales.double())
+        return {
+            "y2": self.tables.y2.likelihoods(y2_residuals.round(), y2_indexes),
+            "z": self.tables.z.likelihoods(z_symbols, z_indexes),
+        }
 
     def predict(self, z_symbols: Tensor, rates: Sequence[int | None]) -> Prediction:
         """What z's symbols (N, z_channels, H/64, W/64) say of y2."""

@@ -33,6 +33,10 @@ MAX_TAIL = 4096.0
 # The coder counts in int32 and doubles what it escapes; no trained codec comes near.
 MAX_SYMBOL = 1 << 24
 STATE_BYTES = 8
+# A table shares out 2^16 counts, at least one to each of its symbols; what is escaped takes digits of four bits behind.
+TABLE_BITS, DIGIT_BITS = 16, 4
+# What the coder's start state costs a payload, with half a byte for the last one that is not full.
+STATE_BITS = 31 + 4
 
 
 def scale_table() -> list[float]:
@@ -62,7 +66,7 @@ def bottleneck_likelihood(
     """Values (N, C, H, W) as the decoder will see them, and their likelihoods in (0, 1].
 
     With noise in place of rounding while `model` is in training mode, rounded about its medians otherwise; times
-    `gain` (N, C, 1, 1) while they are symbols.
+    `gain` (N, C, 1, 1) while they are symbols. What tables of integers give them is `CoderTable.likelihoods`.
     """
     with torch.autocast(values.device.type, enabled=False):
         if gain is None:
@@ -86,8 +90,10 @@ class LatentEntropy(nn.Module):
 
     def __init__(self, z_channels: int):
         super().__init__()
-        self.z = EntropyBottleneck(z_channels)
-        self.y2 = GaussianConditional(scale_table())
+        # No symbol of a table costs more than its 16 bits, so neither does one in training.
+        bound = 2.0**-TABLE_BITS
+        self.z = EntropyBottleneck(z_channels, likelihood_bound=bound)
+        self.y2 = GaussianConditional(scale_table(), likelihood_bound=bound)
 
     def y2_likelihood(
         self, y2: Tensor, means: Tensor, scales: Tensor, gain: Tensor | None = None
@@ -163,6 +169,22 @@ class CoderTable:
             else:
                 updated.update()
         return cls(updated.quantized_cdf.int(), updated.cdf_length.int(), updated.offset.int())
+
+    def likelihoods(self, symbols: Tensor, indexes: Tensor) -> Tensor:
+        """2^-bits (float32) that the coder takes for each of `symbols` by table `indexes`, of any one shape.
+
+        To the coder's rounding, about 1e-4 of its bytes; its start state comes on top, `STATE_BITS` a payload.
+        """
+        cdf, lengths, offsets = (table.to(symbols.device) for table in (self.cdf, self.lengths, self.offsets))
+        places, indexes = symbols.long() - offsets[indexes.long()], indexes.long()
+        last = (lengths[indexes] - 2).long()
+        escaped = (places < 0) | (places >= last)
+        places_or_last = torch.where(escaped, last, places)
+        counts = cdf[indexes, places_or_last + 1] - cdf[indexes, places_or_last]
+        # An escape is followed by the number of its digits and then these, of 4 bits each.
+        beyond = torch.where(places < 0, -2 * places - 1, 2 * (places - last)).clamp_min(0)
+        digits = (torch.frexp(beyond.double()).exponent + DIGIT_BITS - 1) // DIGIT_BITS
+        return counts / 2.0**TABLE_BITS * torch.where(escaped, 2.0 ** (-DIGIT_BITS * (1 + digits)), 1.0)
 
     def lists(self, indexes: Tensor) -> tuple[list[list[int]], list[int], list[int]]:
         """The tables up to the highest that `indexes` names."""

@@ -46,6 +46,7 @@ from pretrain.codec.transforms import AnalysisTransform, SynthesisTransform
 from pretrain.errors import CodecError
 
 LATENT_STRIDE = 16
+PRECISIONS = ("fp32", "bf16")
 # Layers of the backbone that read f3; no symbol and no feature of a stream depends on them.
 TAIL = ("backbone.layer2.", "backbone.layer3.", "backbone.layer4.")
 ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
@@ -53,7 +54,11 @@ ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and 
 
 @dataclass
 class CodecOutput:
-    """A training pass: features (N, C1, H/4, W/4), likelihoods of y1, y2 and z, and bits (N,) of y2 and z."""
+    """A pass: features (N, C1, H/4, W/4), likelihoods of y1, y2 and z, and bits (N,) of the stream but its header.
+
+    In training mode likelihoods are those of the models, of noisy values; in eval mode those of y2 and z are what the
+    coder's tables give, and bits hold its start states too.
+    """
 
     f1: Tensor
     f2: Tensor
@@ -73,6 +78,8 @@ class FeatureCodec(nn.Module):
         super().__init__()
         self.config = config
         self.extra: dict[str, Any] = {}  # facts about its training, from config.json
+        # Of the networks in encode and decode; what symbols follow from is float64 with either.
+        self.precision = "fp32"
         self.backbone = Backbone(config.backbone, config.pretrained)
         channels = self.backbone.channels
         self.redundancy = RedundancyElimination(channels, config)
@@ -85,6 +92,7 @@ class FeatureCodec(nn.Module):
         if config.rate_points > 1:
             self.z_gain = RateGains(config.rate_points, config.z_channels)
             self.y2_gain = RateGains(config.rate_points, config.latent_channels, LOG_SPREAD)
+        self.to(memory_format=torch.channels_last)  # faster for all of its networks, on CPUs and GPUs
         # What coding needs beside the weights, a hash of these weights, and their stamps when last looked at.
         self._coder: StreamCoder | None = None
         self._coder_weights = b""
@@ -104,6 +112,8 @@ class FeatureCodec(nn.Module):
         f3, likelihoods = self.compress_features(f2, rate)
         f1, f2, f3 = (features[..., :height, :width] for features in (f1, f2, f3))
         bits = bits_per_image(likelihoods.values())
+        if not self.entropy.z.training:
+            bits = bits + self._ready().state_bits
         return CodecOutput(f1, f2, f3, {"y1": y1, **likelihoods}, bits)
 
     def compress_features(self, f2: Tensor, rate: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,6 +131,10 @@ class FeatureCodec(nn.Module):
             anchors_hat, _ = self.entropy.y2_likelihood(y2, means, scales, y2_gain)
             means, scales = self.context(anchors_hat, means, scales)
         y2_hat, y2_likelihoods = self.entropy.y2_likelihood(y2, means, scales, y2_gain)
+        if not self.entropy.z.training and not torch.compiler.is_compiling():
+            z_factor, y2_factor = (1.0 if gain is None else gain for gain in (z_gain, y2_gain))
+            symbols = z_hat * z_factor, (y2_hat - means) * y2_factor
+            return y2_hat, self._ready().likelihoods(*symbols, scales * y2_factor)
         return y2_hat, {"y2": y2_likelihoods, "z": z_likelihoods}
 
     def _gains(self, rate: Tensor | float | None, count: int) -> tuple[Tensor | None, Tensor | None]:
@@ -195,7 +209,7 @@ class FeatureCodec(nn.Module):
     def encode_batch(
         self, images: Tensor, rate: float | None = None, max_bytes: int | None = None, tile: int | None = None
     ) -> list[bytes]:
-        """Streams of images (N, 3, H, W) uint8 RGB of one size, in float32; each as `encode` alone gives it."""
+        """Streams of images (N, 3, H, W) uint8 RGB of one size; each as `encode` alone gives it."""
         _check_images(images)
         if tile is not None:
             check_tile(tile)
@@ -251,7 +265,7 @@ class FeatureCodec(nn.Module):
                 f3 = self.g_s(y2_hat)
             else:
                 f3 = in_tiles(self.g_s, y2_hat, tile // LATENT_STRIDE, MARGIN // LATENT_STRIDE)
-        return f3[..., : -(-height // HEAD_STRIDE), : -(-width // HEAD_STRIDE)]
+        return f3.float()[..., : -(-height // HEAD_STRIDE), : -(-width // HEAD_STRIDE)]
 
     @torch.no_grad()
     def decode_latents(self, streams: Sequence[bytes], last_layer: str | None = None) -> Tensor:
@@ -271,13 +285,20 @@ class FeatureCodec(nn.Module):
         pretrained.save(Path(folder), {**tensors, **coder.tables.tensors()}, facts)
 
     @classmethod
-    def from_pretrained(cls, source: Path | str) -> Self:
+    def from_pretrained(cls, source: Path | str, precision: str = "fp32") -> Self:
         """A frozen codec in eval mode, ready to code, from an exported folder or a hub id.
+
+        Args:
+            precision: fp32 or bf16, of the networks in `encode` and `decode`. A stream of either is read with either:
+                what symbols follow from is float64 with both. bf16 halves time and memory where a device has it, and
+                moves features by about its rounding.
 
         Raises:
             CodecError: no such folder, a file missing or damaged, a pickle in it, weights of another
-            configuration.
+            configuration; another precision.
         """
+        if precision not in PRECISIONS:
+            raise CodecError(f"precision={precision} is unknown; choose one of {', '.join(PRECISIONS)}")
         folder = pretrained.locate(source)
         facts = pretrained.read_config(folder)
         codec = cls(pretrained.codec_config(folder, facts))
@@ -285,6 +306,7 @@ class FeatureCodec(nn.Module):
         tables = pretrained.take_tables(folder, tensors)
         pretrained.load_weights(codec, tensors, folder)
         codec.eval().requires_grad_(False)
+        codec.precision = precision
         fingerprint = codec._fingerprint(tables)
         if fingerprint.hex() != facts.get("fingerprint"):
             raise CodecError(
@@ -312,12 +334,12 @@ class FeatureCodec(nn.Module):
 
     @contextmanager
     def _coding(self) -> Iterator[None]:
-        """Eval mode and float32 while symbols are made or features decoded, whatever the caller does."""
+        """Eval mode and `precision` while symbols are made or features decoded, whatever the caller does."""
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            with torch.autocast(self._device.type, enabled=False):
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 yield
         finally:
             for module in training:

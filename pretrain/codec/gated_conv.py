@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, Mlp
 from torch import Tensor, nn
 
+from pretrain.codec.tiles import in_strips
 from pretrain.errors import ConfigError
 
 FILTER_SIZE = (14, 8)  # rows and rfft columns of the learned filter, that of a 14 x 14 plane
@@ -77,8 +78,11 @@ class RecursiveGatedConv(nn.Module):
         self.scale = 1 / 3
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, filtered = self.proj_in(x).split([self.dims[0], sum(self.dims)], dim=1)
-        parts = (self.filter(filtered) * self.scale).split(self.dims, dim=1)
+        # Two products, because a slice of one would be copied by the filter and kept for the gate's sake.
+        weight, bias, first = self.proj_in.weight, self.proj_in.bias, self.dims[0]
+        assert bias is not None
+        gate = F.conv2d(x, weight[:first], bias[:first])
+        parts = self.filter(F.conv2d(x, weight[first:], bias[first:])).mul_(self.scale).split(self.dims, dim=1)
         x = gate * parts[0]
         for widen, part in zip(self.gates, parts[1:], strict=True):
             x = widen(x) * part
@@ -99,4 +103,4 @@ class RGCBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.gamma1 * self.gnconv(self.norm1(x))
-        return x + self.gamma2 * self.mlp(self.norm2(x))
+        return in_strips(lambda rows: rows + self.gamma2 * self.mlp(self.norm2(rows)), x)

@@ -21,6 +21,7 @@ from torch.nn.functional import gelu
 
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.entropy import bottleneck_likelihood
+from pretrain.codec.tiles import in_strips
 
 LAYER_SCALE = 1e-6
 
@@ -48,6 +49,9 @@ class Conv2FormerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x)
         x = x + self.gamma1 * self.proj(self.attend(normed) * self.value(normed))
+        return in_strips(self._mlp, x, halo=1)
+
+    def _mlp(self, x: Tensor) -> Tensor:
         hidden = gelu(self.fc1(self.norm2(x)))
         return x + self.gamma2 * self.fc2(hidden + gelu(self.position(hidden)))
 

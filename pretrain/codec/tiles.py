@@ -1,4 +1,4 @@
-"""Large pictures piece by piece, so that memory follows the tile and not the picture.
+"""Large pictures piece by piece: in tiles, so that memory follows the tile and not the picture, or in strips.
 
 Each tile is computed with a margin around it that is then cut away. A network whose receptive field is within the
 margin gives the same values as for the whole picture; ours sees farther, through its large kernels and the Fourier
@@ -10,18 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from pretrain.errors import CodecError
 
 MARGIN = 64  # pixels
-STEP = 64
+TILE_STEP = 64
+# Positions of a strip: the hidden layer of an MLP over so many stays in the caches of a core.
+STRIP_POSITIONS = 3072
 
 
 def check_tile(tile: int) -> None:
     """Refuse sides that the codec's strides do not divide (CodecError)."""
-    if tile < STEP or tile % STEP:
-        raise CodecError(f"tile={tile} must be a positive multiple of {STEP} pixels")
+    if tile < TILE_STEP or tile % TILE_STEP:
+        raise CodecError(f"tile={tile} must be a positive multiple of {TILE_STEP} pixels")
 
 
 def in_tiles(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, margin: int) -> Tensor:
@@ -51,3 +54,24 @@ def in_tiles(network: Callable[[Tensor], Tensor], inputs: Tensor, tile: int, mar
             whole[..., scaled(top) : scaled(bottom), scaled(left) : scaled(right)] = output[..., rows, columns]
     assert whole is not None
     return whole
+
+
+def in_strips(function: Callable[[Tensor], Tensor], inputs: Tensor, halo: int = 0) -> Tensor:
+    """`function` over inputs (N, C, H, W), in strips of rows where no gradient is wanted: equal values, less memory.
+
+    Args:
+        function: (N, C, h, W) to (N, D, h, W), each row of which follows from the rows at most `halo` above and below;
+            beyond the picture it must see what it would see there, as convolutions with padding do.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(inputs)
+    height, width = inputs.shape[-2:]
+    rows = max(STRIP_POSITIONS // (width * len(inputs)), 1)
+    if height <= rows:
+        return function(inputs)
+    strips = []
+    for top in range(0, height, rows):
+        first = max(top - halo, 0)
+        strip = function(inputs[..., first : top + rows + halo, :])
+        strips.append(strip[..., top - first : top - first + rows, :])
+    return torch.cat(strips, dim=-2)

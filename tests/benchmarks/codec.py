@@ -6,11 +6,12 @@ PHOTOS is searched for images. Parts, each with a table of its own and its figur
 
     rate     real bytes against the estimate, and what the guard list costs: all images, and crops of odd sizes
     symbols  symbols that change under other thread counts, memory formats and scales off by up to the guard: none
+    variants what tiles and bfloat16 change: bytes, and features, also near the seams of tiles
     speed    512 x 768: encode, share of entropy coding, bytes to the input of layer2; multiply-adds; a profile
     memory   peak of encoding 1024 x 2048, each codec in a process of its own
     growth   encoding time per pixel from 256 x 256 to 2048 x 2048
 
-`rate` and `symbols` are of --codec where given. The others are of the authors' widths (recipe dicm_resnet50) and of recipe
+`rate`, `symbols` and `variants` are of --codec where given. The others are of the authors' widths (recipe dicm_resnet50) and of recipe
 `fast`, with random weights whose latents are scaled to a deviation of one, as are CompressAI's: times depend on how
 many symbols there are and hardly on their values. CompressAI's decoder gives pixels, so stem and layer1 are added to it.
 """
@@ -41,21 +42,25 @@ from data_pipeline.views import normalize
 from pretrain.codec import bitstream
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.memory import keep_freed_memory
 from pretrain.run import resolve
 
-PARTS = ("rate", "symbols", "speed", "memory", "growth")
+PARTS = ("rate", "symbols", "variants", "speed", "memory", "growth")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SIZES = [(16, 16), (17, 31), (64, 65), (333, 500), (1024, 2048)]
-OURS = ("dicm", "fast")
+TILE = 256
+OURS = ("dicm", "dicm bf16", "fast", "fast bf16")
 THEIRS = {"mbt2018-mean": mbt2018_mean, "bmshj2018-hyperprior": bmshj2018_hyperprior}
 CONSOLE = Console(width=120)
 
 
 def our_codec(name: str, image: Tensor) -> FeatureCodec:
     """A codec of a recipe's widths, random weights scaled so that y2 and z have a deviation of one."""
-    config: CodecConfig = resolve({"dicm": "dicm_resnet50"}.get(name, name), ["data=none"]).codec
+    recipe, _, precision = name.partition(" ")
+    config: CodecConfig = resolve({"dicm": "dicm_resnet50"}.get(recipe, recipe), ["data=none"]).codec
     torch.manual_seed(0)
     codec = FeatureCodec(config).eval().requires_grad_(False)
+    codec.precision = precision or "fp32"
     images = normalize(image[None].float() / 255)
     with torch.inference_mode():
         codec.g_a[-1].weight.div_(codec._analyse(images)[0].std())
@@ -196,12 +201,45 @@ def measure_symbols(codec: FeatureCodec, images: list[Tensor]) -> dict[str, int]
     codec._ready().h_s.forward = disturbed  # type: ignore[method-assign]
     figures["scales off by the guard"] = changed()
     codec._ready().h_s.forward = forward  # type: ignore[method-assign]
-    codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    figures["channels_last"] = changed()
     codec.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    figures["contiguous"] = changed()
+    codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     table = Table("disturbance", "images with other symbols", title=f"symbols of {len(images)} images")
-    for name, count in figures.items():
+    for name, count in list(figures.items())[1:]:
         table.add_row(name, str(count))
+    CONSOLE.print(table)
+    return figures
+
+
+def measure_variants(codec: FeatureCodec, images: list[Tensor]) -> dict[str, dict[str, float]]:
+    """What tiles, their seams and bfloat16 change: bytes, and mean squared errors of f3 over its variance.
+
+    `all` over the whole feature, `seams` where it lies within 8 pixels of a seam between tiles of 256.
+    """
+    kinds = {"tiles": {"tile": TILE}, "bf16": {}, "bf16, tiles": {"tile": TILE}}
+    figures = {kind: {"bytes": 0.0, "all": 0.0, "seams": 0.0} for kind in kinds}
+    for image in images:
+        stream = codec.encode(image)
+        f3 = codec.decode(stream)
+        near = torch.zeros(f3.shape[-2:], dtype=torch.bool)
+        for side, length in ((0, image.shape[-2]), (1, image.shape[-1])):
+            for seam in range(TILE, length, TILE):
+                near.index_fill_(side, torch.arange((seam - 8) // 4, min((seam + 8) // 4, near.shape[side])), True)
+        for kind, options in kinds.items():
+            codec.precision = "bf16" if kind.startswith("bf16") else "fp32"
+            other = codec.encode(image, **options)
+            error = (codec.decode(other, **options) - f3).square().mean(dim=(0, 1)) / f3.var()
+            codec.precision = "fp32"
+            row = {
+                "bytes": len(other) / len(stream) - 1,
+                "all": float(error.mean()),
+                "seams": float(error[near].mean()),
+            }
+            for key, value in row.items():
+                figures[kind][key] += value / len(images)
+    table = Table("variant", "bytes", "error of f3", "near seams", title="against the whole picture in float32, means")
+    for kind, row in figures.items():
+        table.add_row(kind, f"{100 * row['bytes']:+.3f} %", f"{row['all']:.1e}", f"{row['seams']:.1e}")
     CONSOLE.print(table)
     return figures
 
@@ -220,7 +258,7 @@ def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
         }
         if isinstance(codec, FeatureCodec):
             with codec._coding(), torch.inference_mode():
-                y2, z = codec._analyse(normalize(image[None].float() / 255))
+                y2, z = (latent.float() for latent in codec._analyse(normalize(image[None].float() / 255)))
             coder = codec._ready()
             symbols = (
                 coder.predict(torch.zeros_like(z).int(), [None]),
@@ -271,7 +309,7 @@ def profiled(function: Callable[[], Any]) -> str:
 def measure_memory(data: Path) -> dict[str, float]:
     """Peak MiB above what the loaded codec takes, of encoding 1024 x 2048; `tile` is ours in tiles of 512."""
     figures = {}
-    for name, tile in (("dicm", 0), ("dicm", 512), ("fast", 0), ("mbt2018-mean", 0)):
+    for name, tile in (("dicm", 0), ("dicm bf16", 0), ("dicm", 512), ("fast", 0), ("mbt2018-mean", 0)):
         command = [sys.executable, __file__, "--data", str(data), "--peak-of", name, "--tile", str(tile)]
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures[name + (" tile" if tile else "")] = float(out.splitlines()[-1])
@@ -324,6 +362,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # both sides; as `dicm encode` does
 
     files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
@@ -334,12 +373,14 @@ def main() -> None:
     images = [decode_image(str(path), mode=ImageReadMode.RGB) for path in files[: options.limit]]
     standard = resized(images[0], 512, 768)
     figures: dict[str, Any] = {}
-    if {"rate", "symbols"} & set(options.only):
+    if {"rate", "symbols", "variants"} & set(options.only):
         codec = FeatureCodec.from_pretrained(options.codec) if options.codec else our_codec("dicm", standard)
         if "rate" in options.only:
             figures["rate"] = measure_rate(codec, images)
         if "symbols" in options.only:
             figures["symbols"] = measure_symbols(codec, images)
+        if "variants" in options.only:
+            figures["variants"] = measure_variants(codec, images)
     if "speed" in options.only:
         figures["speed"] = measure_speed(standard, options.repeat)
     if "memory" in options.only:

@@ -22,12 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
-import numpy as np
 import PIL.Image
 import torch
 from lightly.transforms import MoCoV2Transform
 
-from data_pipeline.loader import decode_canvas
+from data_pipeline.decoding import decode_canvas
 from data_pipeline.views import ViewConfig, two_views
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -48,7 +47,7 @@ def milliseconds(sides: dict[str, Callable[[], object]], count: int, repeat: int
 def measure(contents: list[bytes], size: int, canvas_size: int, repeat: int) -> dict[str, float]:
     """The four times of `contents`, encoded images."""
     decoded = [decode_canvas(content, canvas_size) for content in contents]
-    canvas = torch.from_numpy(np.stack([pixels for pixels, _ in decoded]).transpose(0, 3, 1, 2).copy())
+    canvas = torch.stack([pixels for pixels, _ in decoded])
     aspect = torch.tensor([ratio for _, ratio in decoded], dtype=torch.float32)
     pictures = [PIL.Image.open(io.BytesIO(content)).convert("RGB") for content in contents]
     generator, config, transform = torch.Generator().manual_seed(0), ViewConfig(), MoCoV2Transform(input_size=size)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -61,17 +62,63 @@ def test_build__bad_source(tmp_path: Path, name: str, words: str):
     assert not (tmp_path / "out").exists()
 
 
+def coco(root: Path) -> Path:
+    """An image with three boxes: one reaches beyond it, one has no area."""
+    photos(root, "train2017/1.jpg")
+    boxes = ([0, 0, 5, 5], [20, 10, 40, 5], [2, 2, 0, 3])
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 24, "height": 18}],
+        "annotations": [{"id": n, "image_id": 1, "category_id": 3, "bbox": box} for n, box in enumerate(boxes)],
+        "categories": [{"id": 3, "name": "kite"}],
+    }
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    return root
+
+
+def test_build__closing_line_counts_boxes_that_were_cleaned(tmp_path: Path):
+    out = tmp_path / "out"
+    result = run("build", "coco", coco(tmp_path / "coco"), out, "--shard-samples", 5, "--shard-mib", 1)
+    cleaned = "1 box(es) without area dropped, 1 box(es) clipped"
+    assert result.stdout == f"1 train images of 1 class -> {out}; {cleaned}, see {out}/rejected.jsonl\n"
+    assert run("verify", out).exit_code == 0
+    inspected = run("inspect", out)
+    assert inspected.exit_code == 0 and "kite" in inspected.stdout
+    assert max(map(len, inspected.stdout.splitlines()[:-1])) <= 80
+
+
+def test_build__splits_are_made_of_others(tmp_path: Path):
+    out = tmp_path / "out"
+    result = run("build", "coco", coco(tmp_path / "coco"), out, "--split", "a=train", "--split", "b=train")
+    assert result.stdout.startswith("1 a, 1 b images of 1 class")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["train"], "write NEW=OLD"),
+        (["=train"], "write NEW=OLD"),
+        (["../x=train"], "write NEW=OLD"),
+        (["a=train", "a=val"], "'a' is named twice"),
+        (["a=test"], "no split 'test' to make 'a' of; it has train"),
+    ],
+)
+def test_build__bad_splits(tmp_path: Path, options: list[str], words: str):
+    arguments = [part for option in options for part in ("--split", option)]
+    assert words in refusal("build", "coco", coco(tmp_path / "coco"), tmp_path / "out", *arguments)
+
+
 def test_build__unknown_layout(tmp_path: Path):
-    assert refusal("build", "parquet", tmp_path, tmp_path / "out").endswith("use imagefolder")
+    assert refusal("build", "parquet", tmp_path, tmp_path / "out").endswith("use imagefolder, voc, coco, cityscapes")
 
 
 def test_inspect__prints_counts_and_writes_the_sheet(scenes: Path, tmp_path: Path):
     sheet = tmp_path / "sheet.png"
     result = run("inspect", scenes, "--sheet", sheet)
     assert result.exit_code == 0
-    for word in ("train", "48", "val", "16", "64..64", "crescent", "10 classes", str(sheet)):
+    for word in ("train", "48", "val", "16", "33..64", "crescent", "10 classes", "11 semantic classes", str(sheet)):
         assert word in result.stdout
-    assert Image.open(sheet).size[0] == 8 * 160
+    assert Image.open(sheet).size[0] == 6 * 240 + 8
 
 
 def test_verify__sound_and_damaged(scenes: Path, tmp_path: Path):

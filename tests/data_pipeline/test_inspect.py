@@ -1,54 +1,50 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.build import build_imagefolder
+from data_pipeline.build import build_dataset
 from data_pipeline.errors import DataError
-from data_pipeline.inspect import COLOURS, contact_sheet, split_facts, write_contact_sheet
+from data_pipeline.inspect import split_facts
 from data_pipeline.shards import Manifest, ShardReader
 
 
 def test_split_facts__counts_what_the_samples_hold(scenes: Path):
     manifest = Manifest.load(scenes)
     ticks: list[int] = []
-    facts = split_facts(scenes, manifest, "train", lambda: ticks.append(1))
+    facts = split_facts(scenes, manifest, "train", ticks.append)
     reader = ShardReader(scenes, manifest.split("train"))
     notes = [json.loads(reader.read(index)["json"]) for index in range(48)]
-    assert facts.samples == facts.semantic == len(ticks) == 48
-    assert facts.widths == facts.heights == (64, 64)
+    assert facts.samples == facts.semantic == sum(ticks) == 48
+    assert facts.widths == facts.heights == {64: 48}
     assert facts.boxes == facts.masks == sum(len(note["boxes"]) for note in notes)
-    assert facts.labels.total() == 48 and facts.labels[notes[0]["label"]] >= 1
+    assert facts.labels == facts.class_images == Counter(note["label"] for note in notes)
+    assert facts.box_labels == Counter(label for note in notes for label in note["labels"])
+    assert facts.box_images == Counter(label for note in notes for label in set(note["labels"]))
+    assert facts.semantic_pixels.total() == 48 * 64 * 64
+    assert facts.semantic_images[0] == 48
+    assert all(facts.semantic_images[label + 1] == count for label, count in facts.box_images.items())
 
 
-def test_contact_sheet__draws_boxes_over_the_images(scenes: Path):
-    manifest = Manifest.load(scenes)
-    sheet = contact_sheet(scenes, manifest, "val", columns=4, rows=2)
-    assert sheet.size == (4 * 160, 2 * 176)
-    facts = json.loads(ShardReader(scenes, manifest.split("val")).read(0)["json"])
-    _, _, right, bottom = (round(2 + value * 156 / 64) for value in facts["boxes"][-1])
-    near = np.asarray(sheet)[bottom - 2 : bottom + 3, right - 2 : right + 3].reshape(-1, 3).tolist()
-    assert list(bytes.fromhex(COLOURS[facts["labels"][-1]][1:])) in near
-
-
-def test_contact_sheet__images_without_labels_of_any_shape(tmp_path: Path):
+def test_split_facts__shards_and_processes_add_up(tmp_path: Path):
     (tmp_path / "photos").mkdir()
-    for number, size in enumerate(((300, 20), (20, 300), (1, 1))):
-        Image.new("RGB", size, "red").save(tmp_path / "photos" / f"{number}.png")
-    manifest, _ = build_imagefolder(tmp_path / "photos", tmp_path / "out", num_processes=1)
-    assert contact_sheet(tmp_path / "out", manifest, "train").size == (8 * 160, 176)
+    for number in range(5):
+        Image.new("RGB", (20 + 10 * number, 20)).save(tmp_path / "photos" / f"{number}.png")
+    manifest = build_dataset(
+        "imagefolder", tmp_path / "photos", tmp_path / "out", shard_samples=2, num_processes=1
+    ).manifest
+    one, two = (split_facts(tmp_path / "out", manifest, "train", num_processes=number) for number in (1, 2))
+    assert one == two
+    assert (one.samples, one.shards) == (5, 3)
+    assert one.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    assert one.sides.total() == 5 and one.class_images == {}
 
 
-def test_write_contact_sheet__any_name_holds_a_png(scenes: Path, tmp_path: Path):
-    write_contact_sheet(scenes, Manifest.load(scenes), "val", tmp_path / "sheet.picture")
-    with Image.open(tmp_path / "sheet.picture") as sheet:
-        assert sheet.format == "PNG"
-
-
-def test_write_contact_sheet__a_place_that_cannot_be_written(scenes: Path, tmp_path: Path):
-    with pytest.raises(DataError, match=r"sheet\.png: cannot be written.*--sheet"):
-        write_contact_sheet(scenes, Manifest.load(scenes), "val", tmp_path / "absent" / "sheet.png")
+def test_split_facts__a_damaged_shard_is_named(scenes: Path, tmp_path: Path):
+    manifest = Manifest.load(scenes)
+    with pytest.raises(DataError, match=r"val-000000\.tar: cannot be read"):
+        split_facts(tmp_path, manifest, "val", num_processes=1)

@@ -18,18 +18,16 @@ from http_store import serving
 from PIL import Image, ImageOps
 
 from data_pipeline.cache import ShardCache
-from data_pipeline.decoding import MAX_PIXELS
+from data_pipeline.decoding import MAX_PIXELS, decode_canvas, decode_image
 from data_pipeline.errors import DataError, SampleError
 from data_pipeline.loader import (
     CanvasBatch,
     CanvasDataset,
     CanvasLoader,
-    decode_canvas,
-    decode_image,
     eval_loader,
     train_loader,
 )
-from data_pipeline.order import SampleOrder
+from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
@@ -133,7 +131,7 @@ def test_decode_image__refuses_what_is_damaged_in_one_line(data: bytes) -> None:
 def test_decode_canvas__an_image_of_the_canvas_size_is_unchanged(kind: str) -> None:
     data = encoded(picture(CANVAS, CANVAS), kind)
     pixels, aspect = decode_canvas(data, CANVAS)
-    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
+    assert np.array_equal(pixels.permute(1, 2, 0), np.asarray(Image.open(io.BytesIO(data))))
     assert aspect == 1
 
 
@@ -143,8 +141,10 @@ def test_decode_canvas__squashes_any_shape_as_an_antialiased_resize(size: tuple[
     data = encoded(picture(*size), kind)
     pixels, aspect = decode_canvas(data, CANVAS)
     wanted = np.asarray(Image.open(io.BytesIO(data)).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR))
-    assert pixels.shape == (CANVAS, CANVAS, 3) and pixels.dtype == np.uint8
-    assert np.abs(pixels.astype(int) - wanted).mean() < 4
+    assert pixels.shape == (3, CANVAS, CANVAS) and pixels.dtype == torch.uint8
+    difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - wanted)
+    # A JPEG may come reduced by libjpeg, which is another filter.
+    assert difference.max() <= 1 if kind == "PNG" else difference.mean() < 4
     assert aspect == size[0] / size[1]  # of the image itself, not of a reduced decode
 
 
@@ -214,30 +214,29 @@ def test_train_loader__a_bad_image_gives_its_place_to_the_next_of_its_lane(
     options = {"canvas_size": CANVAS, "batch_size": 8, "world": 2, "num_lanes": 6}
     root = with_bad(tmp_path / "pictures", {11: BROKEN, 20: b""})
     order = SampleOrder([7, 7, 7, 7, 2], num_lanes=6)
-    places = {int(index): position for position, index in enumerate(order.take(0, 30))}
-    met = []
+    epochs = order.take(0, 4 * 30).tolist()
+    met = set()
     for rank in range(2):
-        sound = first(train_loader(dataset, rank=rank, **options), 4)
-        mended = first(
-            train_loader(root, rank=rank, num_workers=num_workers, quarantine=tmp_path / "run", **options), 4
-        )
-        for batch, other in zip(sound, mended, strict=True):
-            for place, index in enumerate(batch.index.tolist()):
-                if index in (11, 20):
-                    met.append(index)
-                    # The same lane, one item on, in this rank alone; its pixels, label and aspect are its own.
-                    position = places[index]
-                    after = position + 6 if position + 6 < 30 else 30 + position % 6
-                    index = int(order.take(after, after + 1)[0])
-                    assert other.label[place] == index % 5
-                    assert other.aspect[place] == pytest.approx((30 + index) / 40)
-                    assert other.canvas[place].any()
-                else:
+        sound = first(train_loader(dataset, rank=rank, **options), 7)
+        loader = train_loader(root, rank=rank, num_workers=num_workers, quarantine=tmp_path / "run", **options)
+        for number, (batch, other) in enumerate(zip(sound, first(loader, 7), strict=True)):
+            positions = ElasticSampler(order, 8, rank, 2).positions(number).tolist()
+            for place, (position, index) in enumerate(zip(positions, batch.index.tolist(), strict=True)):
+                wanted = index
+                while wanted in (11, 20):  # the same lane, one item on, or the lane's first of the next epoch
+                    met.add(wanted)
+                    within = position % 30
+                    position += 6 if within + 6 < 30 else 30 - within + within % 6
+                    wanted = epochs[position]
+                assert other.index[place] == wanted
+                assert other.label[place] == wanted % 5
+                assert other.aspect[place] == pytest.approx((30 + wanted) / 40)
+                assert other.canvas[place].any()
+                if wanted == index:
                     assert torch.equal(other.canvas[place], batch.canvas[place])
-                assert other.index[place] == index
-    assert sorted(met) == [11, 20]
+    assert met == {11, 20}
     lines = quarantined(tmp_path / "run")
-    assert sorted(line["index"] for line in lines) == [11, 20]
+    assert {line["index"] for line in lines} == {11, 20}
     assert {line["key"] for line in lines} == {"image011", "image020"}
     assert {line["shard"] for line in lines} == {"train-000001.tar", "train-000002.tar"}
     assert all("not an image" in line["reason"] and line["split"] == "train" for line in lines)
@@ -467,4 +466,4 @@ def test_eval_loader__more_ranks_than_samples_leaves_some_without_a_batch(datase
 def test_dataset__reads_single_samples(dataset: Path) -> None:
     data = CanvasDataset(dataset, "train", CANVAS)
     assert len(data) == 30
-    assert (data[11].label, data[11].index, data[11].pixels.shape) == (1, 11, (CANVAS, CANVAS, 3))
+    assert (data[11].label, data[11].index, data[11].pixels.shape) == (1, 11, (3, CANVAS, CANVAS))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from itertools import islice
 
 import pytest
 
+from data_pipeline.errors import DataError
 from data_pipeline.parallel import ordered_map
 
 
@@ -37,6 +39,16 @@ def test_ordered_map__holds_few_jobs_at_a_time():
     assert list(islice(results, 10)) == [n * n for n in range(10)]
     results.close()  # type: ignore[attr-defined]
     assert taken <= 10 + 2 * (4 * 2 + 2)
+
+
+def _end(number: int) -> int:
+    os._exit(1)
+
+
+def test_ordered_map__a_process_that_was_ended_is_told_in_one_line():
+    with pytest.raises(DataError, match=r"a worker process was ended from outside.*--processes") as error:
+        list(ordered_map(_end, range(3), 1))
+    assert "\n" not in str(error.value)
 
 
 def test_ordered_map__passes_errors_on():

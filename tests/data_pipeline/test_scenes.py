@@ -35,6 +35,7 @@ def test_write_scenes__bytes_depend_on_the_seed_alone(tmp_path: Path):
     other = write_scenes(tmp_path / "c", train=6, val=3, size=32, seed=2, num_processes=1)
     assert first.hash == second.hash != other.hash
     assert Manifest.load(tmp_path / "a") == first
+    assert first.semantic_classes == ("background", *first.classes)
     assert {name: split.num_samples for name, split in first.splits.items()} == {"train": 6, "val": 3}
 
 

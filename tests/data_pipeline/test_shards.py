@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,32 @@ def test_load__round_trip(tmp_path: Path):
     manifest = write(tmp_path)
     assert Manifest.load(tmp_path) == manifest
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_load__semantic_classes_come_back(tmp_path: Path):
+    manifest = replace(write(tmp_path), semantic_classes=("road", "sky"))
+    manifest.save(tmp_path)
+    loaded = Manifest.load(tmp_path)
+    assert loaded == manifest and loaded.mask_names == ("road", "sky")
+    assert loaded.hash == manifest.hash != replace(manifest, semantic_classes=()).hash
+
+
+def test_load__a_manifest_older_than_semantic_classes_keeps_its_hash_and_has_a_background(tmp_path: Path):
+    content = json.loads((write(tmp_path) and tmp_path / "dataset.json").read_text())
+    assert set(content) == {"name", "classes", "splits", "schema_version"}
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True)
+    loaded = Manifest.load(tmp_path)
+    assert loaded.hash == hashlib.sha256(text.encode()).hexdigest()
+    assert loaded.semantic_classes == () and loaded.mask_names == ("background", "a", "b")
+
+
+def test_shard_writer__goes_on_behind_finished_shards(tmp_path: Path):
+    write(tmp_path / "whole")
+    with ShardWriter(tmp_path / "whole", "more", max_samples=1) as first:
+        first.write({"__key__": "a", "jpg": b"x"})
+    with ShardWriter(tmp_path / "whole", "more", max_samples=1, finished=first.shards) as second:
+        second.write({"__key__": "b", "jpg": b"y"})
+    assert [shard.name for shard in second.shards] == ["more-000000.tar", "more-000001.tar"]
 
 
 def test_load__missing_folder(tmp_path: Path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.verify import faults
 
 
@@ -26,10 +27,14 @@ def mask(value: int, width: int = 16, height: int = 12) -> bytes:
     return data.getvalue()
 
 
-def faults_of(root: Path, sample: dict) -> list[str]:
+WHOLE = encode_mask(np.ones((12, 16), np.uint8))
+
+
+def faults_of(root: Path, sample: dict, semantic: tuple[str, ...] = ()) -> list[str]:
     with ShardWriter(root, "train") as writer:
         writer.write({"__key__": "s", **sample})
-    Manifest("one", ("a", "b"), {"train": Split(tuple(writer.shards))}).save(root)
+    splits = {"train": Split(tuple(writer.shards))}
+    Manifest("one", ("a", "b"), splits, semantic_classes=semantic).save(root)
     return list(faults(root, num_processes=1))
 
 
@@ -62,13 +67,27 @@ def test_faults__names_every_damaged_shard(scenes: Path, tmp_path: Path):
         ({"boxes": [[0, 0, 17, 5]], "labels": [1]}, "box [0, 0, 17, 5] in an image of 16 x 12"),
         ({"boxes": [[0, 0, 5, 5]], "labels": [7]}, "label 7"),
         ({"boxes": [[0, 0, 5, 5]], "labels": []}, "1 boxes with 0 labels"),
+        ({"boxes": [[0, 0, 5, 5]]}, "1 boxes with 0 labels"),
+        ({"boxes": [[0, 0, 5]], "labels": [0]}, "not enough values"),
+        ({"boxes": [[0, 0, 5, 5]], "labels": [0], "iscrowd": []}, "1 boxes with 0 iscrowd"),
+        ({"boxes": [[0, 0, 5, 5]], "labels": [0], "difficult": [True, False]}, "1 boxes with 2 difficult"),
+        ({"boxes": [[0, 0, 5, 5]], "labels": [0], "masks": []}, "1 boxes with 0 masks"),
+        (
+            {"boxes": [[0, 0, 5, 5]], "labels": [0], "masks": [WHOLE | {"size": [16, 12]}]},
+            "mask 0 is not a COCO RLE of size [12, 16]",
+        ),
+        ({"boxes": [[0, 0, 5, 5]], "labels": [0], "masks": [WHOLE | {"counts": "0"}]}, "mask 0 is a damaged COCO RLE"),
+        (
+            {"boxes": [[0, 0, 5, 5]], "labels": [0], "masks": [WHOLE | {"counts": "oooo"}]},
+            "mask 0 is a damaged COCO RLE",
+        ),
         ([], "no attribute"),
     ],
 )
 def test_faults__labels_and_boxes_out_of_range(tmp_path: Path, facts: object, words: str):
     (fault,) = faults_of(tmp_path, {"png": image(), "json": json.dumps(facts).encode()})
     assert words in fault
-    assert "train-000000.tar, sample 0" in fault
+    assert "train-000000.tar, sample 0 (s)" in fault
 
 
 def test_faults__image_that_does_not_decode(tmp_path: Path):
@@ -82,11 +101,34 @@ def test_faults__no_image(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [(mask(3), "semantic class 3"), (mask(0, width=9), "mask of (9, 12)"), (b"no png", "cannot identify")],
+    [
+        (mask(3), "semantic value 3 of 3 semantic classes"),
+        (mask(0, width=9), "semantic mask of 9 x 12"),
+        (image(), "mode RGB"),
+        (b"no png", "cannot identify"),
+    ],
 )
 def test_faults__semantic_mask(tmp_path: Path, data: bytes, words: str):
     (fault,) = faults_of(tmp_path, {"png": image(), "json": b"{}", "mask.png": data})
     assert words in fault
+
+
+@pytest.mark.parametrize("value", [0, 1, 2])
+def test_faults__data_sets_older_than_semantic_classes_have_a_background(tmp_path: Path, value: int):
+    assert faults_of(tmp_path, {"png": image(), "json": b"{}", "mask.png": mask(value)}) == []
+
+
+def test_faults__semantic_values_are_those_that_the_manifest_names(tmp_path: Path):
+    sample = {"png": image(), "json": b"{}", "mask.png": mask(4)}
+    (tmp_path / "five").mkdir()
+    assert faults_of(tmp_path / "five", sample, semantic=tuple("abcde")) == []
+    (fault,) = faults_of(tmp_path, sample, semantic=tuple("abcd"))
+    assert "semantic value 4 of 4 semantic classes" in fault
+
+
+def test_faults__sound_objects_have_none(tmp_path: Path):
+    facts = {"boxes": [[0, 0, 16, 12]], "labels": [1], "masks": [WHOLE], "iscrowd": [0], "areas": [192.0]}
+    assert faults_of(tmp_path, {"png": image(), "json": json.dumps(facts).encode()}) == []
 
 
 def test_faults__ignored_pixels_are_no_fault(tmp_path: Path):

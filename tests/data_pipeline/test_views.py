@@ -19,11 +19,13 @@ from data_pipeline.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ColourJitter,
+    Photometric,
     ViewConfig,
     apply_colour,
     center_images,
     colour_matrices,
     draw_colour_jitter,
+    draw_photometric,
     gaussian_blur,
     guided_crops,
     normalize,
@@ -156,27 +158,32 @@ def test_normalize__equals_torchvision() -> None:
     assert (normalize(images) - reference.normalize(images, IMAGENET_MEAN, IMAGENET_STD)).abs().max() < 1e-6
 
 
+def drawn(images: torch.Tensor, config: ViewConfig) -> Photometric:
+    """Parameters for `images`."""
+    return draw_photometric(len(images), images.shape[-1], config, seeded(), CPU)
+
+
 def test_photometric__does_nothing_where_nothing_is_asked_and_leaves_its_input() -> None:
     images = unit(pictures())
     before = images.clone()
     off = ViewConfig(jitter_probability=0, grey_probability=0, blur_probability=0)
-    assert (photometric(images, off, seeded()) - images).abs().max() < 1e-6
-    photometric(images, ViewConfig(blur_probability=1), seeded())
+    assert (photometric(images, drawn(images, off)) - images).abs().max() < 1e-6
+    photometric(images, drawn(images, ViewConfig(blur_probability=1)))
     assert torch.equal(images, before)
 
 
 def test_photometric__blurs_the_configured_share_of_images() -> None:
     images = unit(pictures(1, 16)).repeat(2000, 1, 1, 1)
     config = ViewConfig(jitter_probability=0, grey_probability=0, blur_sigma_min=4, blur_sigma_max=8)
-    changed = (photometric(images, config, seeded()) - images).abs().amax(dim=(1, 2, 3)) > LEVEL
+    changed = (photometric(images, drawn(images, config)) - images).abs().amax(dim=(1, 2, 3)) > LEVEL
     assert float(changed.float().mean()) == pytest.approx(0.5, abs=0.04)
 
 
 def test_photometric__keeps_its_precision_under_autocast() -> None:
     images = unit(pictures())
-    plain = photometric(images, ViewConfig(), seeded())
+    plain = photometric(images, drawn(images, ViewConfig()))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(photometric(images, ViewConfig(), seeded()), plain)
+        assert torch.equal(photometric(images, drawn(images, ViewConfig())), plain)
 
 
 @pytest.mark.parametrize("aspect", [1.0, 1.5, 0.4, 2.6])

@@ -170,3 +170,27 @@ def test_feature_picture__strongest_direction_is_red():
 def test_feature_picture__of_few_channels_or_constant_features(shape: tuple[int, int, int]):
     assert not feature_picture(torch.full(shape, 0.1)).any()
     assert feature_picture(torch.ones(shape)).shape == (3, 4 * shape[1], 4 * shape[2])
+
+
+def test_encode__in_tiles_and_in_bfloat16(exported_codec: Path, codec: FeatureCodec, tmp_path: Path):
+    image = write_noise(tmp_path / "large.png", 150, 200)
+    options = ("--tile", 64, "--precision", "bf16", "--codec", exported_codec)
+    result = dicm("encode", tmp_path / "large.png", "-o", tmp_path, *options)
+    assert result.returncode == 0, result.stderr
+    rough = FeatureCodec.from_pretrained(exported_codec, "bf16")
+    stream = (tmp_path / "large.dicm").read_bytes()
+    assert stream == rough.encode(image, tile=64) != codec.encode(image)
+    result = dicm("decode", tmp_path / "large.dicm", "-o", tmp_path / "f3.npy", *options)
+    assert result.returncode == 0, result.stderr
+    assert np.array_equal(np.load(tmp_path / "f3.npy"), rough.decode(stream, tile=64)[0])
+
+
+@pytest.mark.parametrize(("option", "value"), [("--tile", "100"), ("--tile", "0"), ("--precision", "fp16")])
+@pytest.mark.parametrize("command", ["encode", "decode"])
+def test_commands__refuse_impossible_options(
+    exported_codec: Path, streams: Path, tmp_path: Path, command: str, option: str, value: str
+):
+    write_noise(tmp_path / "a.png", 32, 32)
+    source = tmp_path / "a.png" if command == "encode" else streams / "a.dicm"
+    said = dicm(command, source, "-o", tmp_path / "out", "--codec", exported_codec, option, value)
+    assert_refused(said, f"{option}={value}", "choose")

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.imagefolder import ImageFolder, list_images
+from data_pipeline.sources import Listing
+from data_pipeline.sources.imagefolder import ImageJob, list_source
 
 
 def tree(root: Path, *paths: str) -> Path:
@@ -15,16 +16,16 @@ def tree(root: Path, *paths: str) -> Path:
     return root
 
 
-def found(images: ImageFolder, root: Path) -> dict[str, list[tuple[str, int | None]]]:
+def found(listing: Listing, root: Path) -> dict[str, list[tuple[str, int | None]]]:
     return {
-        listing.split: [(str(path.relative_to(root)), label) for path, label in listing.files]
-        for listing in images.listings
+        split: [(str(job.file.relative_to(root)), job.label) for job in jobs if isinstance(job, ImageJob)]
+        for split, jobs in listing.splits.items()
     }
 
 
-def test_list_images__splits_and_classes(tmp_path: Path):
+def test_list_source__splits_and_classes(tmp_path: Path):
     tree(tmp_path, "train/b/2.JPEG", "train/a/1.png", "train/a/0.webp", "val/b/3.jpg", "train/a/notes.txt")
-    images = list_images(tmp_path)
+    images = list_source(tmp_path)
     assert images.classes == ("a", "b")
     assert found(images, tmp_path) == {
         "train": [("train/a/0.webp", 0), ("train/a/1.png", 0), ("train/b/2.JPEG", 1)],
@@ -32,65 +33,67 @@ def test_list_images__splits_and_classes(tmp_path: Path):
     }
 
 
-def test_list_images__classes_without_splits_are_train(tmp_path: Path):
-    images = list_images(tree(tmp_path, "cat/1.jpg", "ant/deeper/2.JPG"))
+def test_list_source__classes_without_splits_are_train(tmp_path: Path):
+    images = list_source(tree(tmp_path, "cat/1.jpg", "ant/deeper/2.JPG"))
     assert images.classes == ("ant", "cat")
     assert found(images, tmp_path) == {"train": [("ant/deeper/2.JPG", 0), ("cat/1.jpg", 1)]}
 
 
-def test_list_images__loose_images_are_unlabelled(tmp_path: Path):
-    images = list_images(tree(tmp_path, "2.jpg", "1.png"))
+def test_list_source__loose_images_are_unlabelled(tmp_path: Path):
+    images = list_source(tree(tmp_path, "2.jpg", "1.png"))
     assert images.classes == ()
     assert found(images, tmp_path) == {"train": [("1.png", None), ("2.jpg", None)]}
 
 
-def test_list_images__a_split_without_class_folders_is_unlabelled(tmp_path: Path):
-    images = list_images(tree(tmp_path, "train/a/1.jpg", "test/2.jpg"))
+def test_list_source__a_split_without_class_folders_is_unlabelled(tmp_path: Path):
+    images = list_source(tree(tmp_path, "train/a/1.jpg", "test/2.jpg"))
     assert found(images, tmp_path) == {"train": [("train/a/1.jpg", 0)], "test": [("test/2.jpg", None)]}
 
 
-def test_list_images__images_beside_class_folders_are_strays(tmp_path: Path):
-    images = list_images(tree(tmp_path, "train/a/1.jpg", "train/thumb.jpg", "cover.jpg"))
-    assert sorted(path.name for path in images.strays) == ["cover.jpg", "thumb.jpg"]
+def test_list_source__images_beside_class_folders_are_strays(tmp_path: Path):
+    images = list_source(tree(tmp_path, "train/a/1.jpg", "train/thumb.jpg", "cover.jpg"))
+    assert sorted(item.file for item in images.rejected) == ["cover.jpg", "train/thumb.jpg"]
     assert found(images, tmp_path) == {"train": [("train/a/1.jpg", 0)]}
 
 
-def test_list_images__hidden_names_are_not_looked_at(tmp_path: Path):
-    images = list_images(tree(tmp_path, "a/1.jpg", "a/._1.jpg", "a/.cache/2.jpg", ".ipynb_checkpoints/3.jpg"))
+def test_list_source__hidden_names_are_not_looked_at(tmp_path: Path):
+    images = list_source(tree(tmp_path, "a/1.jpg", "a/._1.jpg", "a/.cache/2.jpg", ".ipynb_checkpoints/3.jpg"))
     assert images.classes == ("a",)
     assert found(images, tmp_path) == {"train": [("a/1.jpg", 0)]}
 
 
-def test_list_images__classes_json_names_classes_for_people(tmp_path: Path):
+def test_list_source__classes_json_names_classes_for_people(tmp_path: Path):
     tree(tmp_path, "n02/1.jpg", "n01/2.jpg")
     (tmp_path / "classes.json").write_text('{"n02": "goldfish", "n99": "unused"}')
-    assert list_images(tmp_path).classes == ("n01", "goldfish")
+    assert list_source(tmp_path).classes == ("n01", "goldfish")
 
 
-def test_list_images__damaged_classes_json(tmp_path: Path):
+def test_list_source__damaged_classes_json(tmp_path: Path):
     tree(tmp_path, "a/1.jpg")
     (tmp_path / "classes.json").write_text("[1")
     with pytest.raises(DataError, match=r"classes\.json: not a JSON object"):
-        list_images(tmp_path)
+        list_source(tmp_path)
 
 
-def test_list_images__classes_of_val_must_be_those_of_train(tmp_path: Path):
+def test_list_source__classes_of_val_must_be_those_of_train(tmp_path: Path):
     with pytest.raises(DataError, match=r"val: class folders dog are not in .*train"):
-        list_images(tree(tmp_path, "train/cat/1.jpg", "val/dog/2.jpg"))
+        list_source(tree(tmp_path, "train/cat/1.jpg", "val/dog/2.jpg"))
 
 
-def test_list_images__splits_beside_other_folders_are_refused(tmp_path: Path):
+def test_list_source__splits_beside_other_folders_are_refused(tmp_path: Path):
     """A class called "train" must not make the other classes vanish."""
     with pytest.raises(DataError, match=r"train beside other folders of images \(bus, car\)"):
-        list_images(tree(tmp_path, "train/1.jpg", "bus/2.jpg", "car/3.jpg"))
+        list_source(tree(tmp_path, "train/1.jpg", "bus/2.jpg", "car/3.jpg"))
 
 
 @pytest.mark.parametrize("paths", [(), ("notes.txt",), ("a/readme.md", "train/b/x.gif")])
-def test_list_images__no_image(tmp_path: Path, paths: tuple[str, ...]):
+def test_list_source__no_image(tmp_path: Path, paths: tuple[str, ...]):
     with pytest.raises(DataError, match=r"no image in it; images end in \.jpg"):
-        list_images(tree(tmp_path, *paths))
+        list_source(tree(tmp_path, *paths))
 
 
-def test_list_images__missing_folder(tmp_path: Path):
-    with pytest.raises(DataError, match="absent: no such folder"):
-        list_images(tmp_path / "absent")
+def test_list_source__splits_on_request(tmp_path: Path):
+    tree(tmp_path, "train/a/1.jpg", "val/a/2.jpg")
+    assert found(list_source(tmp_path, {"test": "val"}), tmp_path) == {"test": [("val/a/2.jpg", 0)]}
+    with pytest.raises(DataError, match="no split 'x' to make 'train' of; it has train, val"):
+        list_source(tmp_path, {"train": "x"})

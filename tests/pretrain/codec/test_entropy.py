@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pretrain.codec.entropy import (
     MAX_TAIL,
+    STATE_BITS,
     CoderTable,
     CoderTables,
     LatentEntropy,
@@ -63,6 +64,15 @@ def test_encode_symbols__bytes_match_likelihoods(tables: CoderTables, scale: flo
     payload = encode_symbols([(tables.y2, values.int(), scale_indexes(scales.double())[0])])
     estimate = float(likelihoods.log2().sum()) / -8
     assert abs(len(payload) - estimate) <= 0.01 * estimate + 8
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), size=st.sampled_from([1, 4, 60, 10**4, 10**7]))
+def test_likelihoods__are_what_the_coder_takes(tables: CoderTables, seed: int, size: int):
+    torch.manual_seed(seed)
+    symbols, indexes = torch.randint(-size, size + 1, (2000,)).int(), torch.randint(0, 64, (2000,)).int()
+    bits = -float(tables.y2.likelihoods(symbols, indexes).log2().sum()) + STATE_BITS
+    assert abs(len(encode_symbols([(tables.y2, symbols, indexes)])) - bits / 8) <= 1 + 1e-4 * bits / 8
 
 
 def test_scale_indexes__is_the_nearest_table():

@@ -6,73 +6,20 @@ import math
 import pickle
 import random
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from small_codecs import NARROW, create_codec, random_images
 from torch import Tensor
 
 from data_pipeline.views import normalize
 from pretrain.codec import bitstream
-from pretrain.codec.bitstream import Layer
-from pretrain.codec.config import CodecConfig
-from pretrain.codec.context import anchor_mask
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.codec.tiles import in_tiles
 from pretrain.errors import BitstreamError, CodecError
 
-NARROW = CodecConfig(
-    backbone="resnet18", re_channels=16, re_latent=16, re_depths=[1, 1, 1], transform_channels=16,
-    latent_channels=32, hyper_dim=24, hyper_heads=2, hyper_head_dim=12, z_channels=8, base_channels=16,
-)  # fmt: skip
 SIZES = [(16, 16), (17, 31), (64, 65), (128, 192)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks this narrow lose more by waiting for threads than these save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def create_codec(seed: int = 0) -> FeatureCodec:
-    """Random weights whose latents fill many symbols; means and scales fit them, as after training."""
-    torch.manual_seed(seed)
-    codec = FeatureCodec(NARROW).eval()
-    images = normalize(random_images(8, 64, 64).float() / 255)
-    with torch.no_grad():
-        y2, _ = codec._analyse(images)
-        codec.g_a[-1].weight.mul_(2.5 / y2.std())
-        y2, z = codec._analyse(images)
-        codec.h_a[-1].weight.mul_(2.5 / z.std())
-        spread = y2.std(dim=(0, 2, 3))
-        codec.h_s.head.weight.mul_(0.1)
-        codec.h_s.head.bias.copy_(torch.cat([y2.mean(dim=(0, 2, 3)), spread]))
-    return codec
-
-
-def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Smooth coloured noise, uint8."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(count, 3, height // 8 + 2, width // 8 + 2, generator=generator)
-    fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
-    return (fine + 0.05 * torch.randn(fine.shape, generator=generator)).clamp(0, 1).mul(255).byte()
-
-
-@pytest.fixture(scope="module")
-def codec() -> FeatureCodec:
-    return create_codec().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def folder(codec: FeatureCodec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("codec") / "small"
-    codec.save_pretrained(path, extra={"dataset": "noise"})
-    return path
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -81,10 +28,10 @@ def test_encode__bytes_are_what_the_estimate_says(codec: FeatureCodec, size: tup
     stream = codec.encode(image)
     with torch.no_grad():
         estimate = float(codec(normalize(image[None].float() / 255)).bits) / 8
-    assert estimate > 100
-    # What is not payload is the header and the states of the two layers' coders.
-    assert 0.99 * estimate <= len(stream) <= 1.01 * estimate + 32 + 2 * 4
-    assert codec.describe(stream).header_bytes <= 32
+    header = codec.describe(stream).header_bytes
+    assert header <= 32
+    # A payload ends on a whole byte; the estimate counts half a one.
+    assert abs(len(stream) - header - estimate) <= max(0.001 * estimate, 0.6 * len(codec.describe(stream).layers))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -426,171 +373,6 @@ def test_from_pretrained__hub_id_without_a_connection(monkeypatch: pytest.Monkey
         FeatureCodec.from_pretrained("nobody-at-all/no-codec")
 
 
-def with_options(codec: FeatureCodec, **options: object) -> FeatureCodec:
-    """The weights of `codec` in one of other options; what these add is random."""
-    torch.manual_seed(1)
-    changed = FeatureCodec(replace(NARROW, **options)).eval().requires_grad_(False)
-    changed.load_state_dict(codec.state_dict(), strict=False)
-    for name in ("z_gain", "y2_gain"):
-        if (gain := getattr(changed, name)) is not None:
-            gain.log_gain.add_(0.1 * torch.randn_like(gain.log_gain))
-    if changed.context is not None:
-        torch.nn.init.normal_(changed.context.head.weight, std=0.02)
-    return changed
-
-
-@pytest.fixture(scope="module")
-def rated(codec: FeatureCodec) -> FeatureCodec:
-    return with_options(codec, rate_points=4)
-
-
-@pytest.fixture(scope="module")
-def checkered(codec: FeatureCodec) -> FeatureCodec:
-    return with_options(codec, context="checkerboard", context_depth=2, base_channels=0, rate_points=2)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, None])
-@pytest.mark.parametrize("kind", ["rated", "checkered"])
-def test_rate__streams_hold_what_an_eval_pass_estimates(kind: str, rate: float | None, request: pytest.FixtureRequest):
-    codec = request.getfixturevalue(kind)
-    image = random_images(1, 96, 128)[0]
-    stream = codec.encode(image, rate=rate)
-    level = 1.0 if rate is None else round(255 * rate) / 255
-    normalised = normalize(image[None].float() / 255)
-    with torch.no_grad():
-        output = codec(normalised, rate=level)
-    assert 0.99 * float(output.bits) / 8 <= len(stream) <= 1.01 * float(output.bits) / 8 + 32 + 8
-    assert codec.describe(stream).rate == round(255 * level)
-    f3 = codec.decode(stream)
-    assert torch.allclose(f3, output.f3, atol=1e-4 * float(f3.abs().max()))
-    assert torch.allclose(codec.decode_latents([stream]), codec.latents(normalised, rate=level), atol=1e-4)
-
-
-def test_rate__bytes_rise_with_it(rated: FeatureCodec):
-    image = random_images(1, 128, 128)[0]
-    sizes = [len(rated.encode(image, rate=step / 8)) for step in range(9)]
-    assert sizes == sorted(sizes)
-    assert sizes[-1] > 1.3 * sizes[0]
-    assert len(rated.encode(image)) == sizes[-1]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.9])
-def test_max_bytes__the_highest_rate_that_fits(rated: FeatureCodec, share: float):
-    image = random_images(1, 128, 128)[0]
-    smallest, largest = (len(rated.encode(image, rate=rate)) for rate in (0, 1))
-    limit = round(smallest + share * (largest - smallest))
-    stream = rated.encode(image, max_bytes=limit)
-    level = rated.describe(stream).rate
-    assert level is not None
-    assert len(stream) <= limit < len(rated.encode(image, rate=(level + 1) / 255))
-    assert rated.encode(image, rate=0.2, max_bytes=10 * largest) == rated.encode(image, rate=0.2)
-
-
-def test_rate__what_cannot_be_is_refused(codec: FeatureCodec, rated: FeatureCodec):
-    image = random_images(1, 64, 64)[0]
-    for rate in (-0.1, 1.5, math.nan):
-        with pytest.raises(CodecError, match=r"rate=.* must lie in 0\.\.1"):
-            rated.encode(image, rate=rate)
-    with pytest.raises(CodecError, match="one rate"):
-        codec.encode(image, rate=0.5)
-    with pytest.raises(CodecError, match="max_bytes=10: the smallest stream of this image has"):
-        rated.encode(image, max_bytes=10)
-    with pytest.raises(CodecError, match=r"max_bytes=10: .*rate_points"):
-        codec.encode(image, max_bytes=10)
-    with pytest.raises(BitstreamError, match="codec"):
-        rated.decode(codec.encode(image))
-
-
-def test_checkerboard__symbols_and_layers(checkered: FeatureCodec):
-    images = random_images(3, 80, 64)
-    streams = checkered.encode_batch(images, rate=0.5)
-    together = checkered.decode_latents(streams)
-    alone = torch.cat([checkered.decode_latents([stream]) for stream in streams])
-    assert torch.allclose(together, alone, atol=1e-5)
-    with pytest.raises(CodecError, match="no layers to stop at"):
-        checkered.decode(streams[0], last_layer="base")
-
-
-def test_checkerboard__anchors_alone_are_seen(checkered: FeatureCodec):
-    """What is predicted does not change with values that the reader does not have yet."""
-    means, scales, y2_hat = torch.rand(3, 1, NARROW.latent_channels, 8, 8)
-    other = torch.where(anchor_mask(y2_hat), y2_hat, torch.rand_like(y2_hat))
-    assert checkered.context is not None
-    first, second = checkered.context(y2_hat, means, scales), checkered.context(other, means, scales)
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
-    assert not torch.equal(first[0], means)
-    assert torch.equal(first[0][..., 0, 0], means[..., 0, 0])
-
-
-@pytest.mark.parametrize("kind", ["codec", "rated", "checkered"])
-def test_guard__a_reader_off_by_less_decodes_the_same_symbols(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-):
-    """Scales moved by almost the guard, at random: symbols stay; without a list some would not."""
-    plain = request.getfixturevalue(kind)
-    codec = with_options(plain, **{**vars(plain.config), "guard": 1e-3})
-    streams = codec.encode_batch(random_images(4, 96, 128))
-    expected = codec.decode_latents(streams)
-    assert any(stream[2] & bitstream.GUARDED for stream in streams)
-    generator = torch.Generator().manual_seed(2)
-
-    def moved(network: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-        forward = network.forward
-
-        def disturbed(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            means, scales = forward(*inputs)
-            noise = 2 * torch.rand(scales.shape, generator=generator, dtype=scales.dtype) - 1
-            return means, scales * (1 + 0.99e-3 * noise)
-
-        return disturbed
-
-    coder = codec._ready()
-    # The context model's own output takes in the disturbed scales of h_s; one of the two is disturbed at a time.
-    network = coder.h_s if coder.context is None else coder.context
-    monkeypatch.setattr(network, "forward", moved(network))
-    for _ in range(3):
-        assert torch.allclose(codec.decode_latents(streams), expected, atol=1e-5)
-    unguarded = [
-        bitstream.pack(
-            codec.fingerprint, info.height, info.width, [Layer(x.payload, x.digest) for x in layers], info.rate
-        )
-        for info, layers in (bitstream.unpack(stream, codec.fingerprint) for stream in streams)
-    ]
-    with pytest.raises(BitstreamError, match="other symbols"):
-        codec.decode_latents(8 * unguarded)
-
-
-def test_guard__an_impossible_list_is_damage(codec: FeatureCodec):
-    stream = codec.encode(random_images(1, 64, 64)[0])
-    info, layers = bitstream.unpack(stream, codec.fingerprint)
-    for guard in ({10**6: 3}, {0: 200}):
-        forged = [Layer(layers[0].payload, layers[0].digest, guard), layers[1]]
-        with pytest.raises(BitstreamError, match="guard list"):
-            codec.decode(bitstream.pack(codec.fingerprint, info.height, info.width, forged))
-
-
-def test_tile__streams_and_features_are_those_of_the_whole_but_near_seams(codec: FeatureCodec):
-    image = random_images(1, 256, 320)[0]
-    whole, tiled = codec.encode(image), codec.encode(image, tile=128)
-    assert codec.encode(image, tile=512) == whole
-    assert abs(len(tiled) - len(whole)) < 0.05 * len(whole)
-    f3, f3_tiled = codec.decode(whole), codec.decode(tiled, tile=128)
-    assert f3.shape == f3_tiled.shape
-    assert float((f3 - f3_tiled).square().mean()) < 0.1 * float(f3.var())
-    with pytest.raises(CodecError, match="tile=100 must be a positive multiple of 64"):
-        codec.encode(image, tile=100)
-
-
-def test_in_tiles__a_network_that_sees_less_than_the_margin_gives_the_whole():
-    torch.manual_seed(0)
-    halve = torch.nn.Conv2d(2, 3, 5, stride=2, padding=2).requires_grad_(False)
-    double = torch.nn.ConvTranspose2d(2, 3, 4, stride=2, padding=1).requires_grad_(False)
-    inputs = torch.rand(1, 2, 40, 56)
-    for network in (halve, double):
-        assert torch.allclose(in_tiles(network, inputs, tile=16, margin=8), network(inputs), atol=1e-6)
-
-
 def test_compile__leaves_streams_and_features_as_they_are(codec: FeatureCodec):
     """The graphs that are captured, run by torch's own kernels; the default backend needs a C++ compiler."""
     compiled, image = copy.deepcopy(codec), random_images(1, 64, 96)[0]
@@ -600,8 +382,18 @@ def test_compile__leaves_streams_and_features_as_they_are(codec: FeatureCodec):
     assert torch.equal(compiled.decode(stream), codec.decode(stream))
 
 
-def test_features__are_those_of_the_rate_that_a_stream_carries(rated: FeatureCodec):
-    images = normalize(random_images(1, 64, 64).float() / 255)
-    assert torch.equal(rated.features(images, rate=0.3), rated.features(images, rate=round(0.3 * 255) / 255))
-    with pytest.raises(CodecError, match=r"rate=2 must lie in 0\.\.1"):
-        rated.features(images, rate=2)
+@pytest.mark.parametrize("writer", ["fp32", "bf16"])
+def test_precision__streams_of_either_are_read_with_either(folder: Path, writer: str):
+    codecs = {name: FeatureCodec.from_pretrained(folder, name) for name in ("fp32", "bf16")}
+    image = random_images(1, 96, 128)[0]
+    stream = codecs[writer].encode(image)
+    latents = [codec.decode_latents([stream]) for codec in codecs.values()]
+    assert torch.equal(*latents)
+    f3, rough = (codec.decode(stream) for codec in codecs.values())
+    assert rough.dtype == torch.float32
+    assert 0 < float((f3 - rough).abs().max()) < 0.05 * float(f3.abs().max())
+
+
+def test_from_pretrained__unknown_precision(folder: Path):
+    with pytest.raises(CodecError, match="precision=fp16 is unknown; choose one of fp32, bf16"):
+        FeatureCodec.from_pretrained(folder, "fp16")
