@@ -7,8 +7,10 @@ through caches in a temporary folder. Figures in --json:
 
 - `damaged`, `found`: shards with a cut (every other one) or a flipped bit at a random place, and how many of them
   were refused before a byte was used, first at the store, then in the cache of a process that had not fetched them.
-- `share`: the largest, over the 8 ranks of a world of 8, of the bytes that a rank fetched in an epoch, times 8, over
-  those of all shards (1.0: each rank fetches an eighth); `share_uneven` with shards of different sizes.
+- `share_equal`, `share_short`, `share_uneven`: the largest, over the 8 ranks of a world of 8, of the bytes that a rank
+  fetched in an epoch, times 8, over those of all shards (1.0: each rank fetches an eighth). The shards are equal, as no
+  real data set's are, so that lanes and pools of shards end together; equal but for a short last one, as
+  `dicm data build` writes them; and of many sizes.
 - `resident_mib`: memory of the process after each epoch, with a cache that holds a quarter of the shards;
   `growth_mib`: the last less that after the second, when all buffers exist; `evicted`: shards removed on the way.
 """
@@ -43,7 +45,7 @@ RETRIES = Retries(attempts=2, backoff=0.01, timeout=30.0)
 
 def write_shards(root: Path, sizes: Sequence[int], images: list[bytes]) -> Manifest:
     """A data set of shards with so many samples each."""
-    root.mkdir()
+    root.mkdir(parents=True)
     shards: list[Shard] = []
     for number, size in enumerate(sizes):
         with ShardWriter(root, f"part{number:03d}") as writer:
@@ -159,22 +161,22 @@ def main() -> None:
     options = parser.parse_args()
     random.seed(0)
     with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / part for part in ("damage", "even", "uneven", "memory")]
-        for folder in folders:
-            folder.mkdir()
-        found = found_damage(folders[0], options.damaged)
+        found = found_damage(Path(name) / "damage", options.damaged)
         print(f"damaged shards: {options.damaged}, found before use: {found}")
-        share = largest_share(folders[1], [32] * options.shards)
-        uneven = largest_share(folders[2], [random.randrange(16, 48) for _ in range(options.shards)])
-        print(f"bytes a rank fetches in an epoch, of an equal part, {WORLD} ranks, {options.shards} shards: ", end="")
-        print(f"{share:.2f}; with shards of 16..47 samples {uneven:.2f}")
-        resident, evicted = memory(folders[3], options.epochs)
+        print(f"bytes a rank fetches in an epoch, over an equal part of all, {WORLD} ranks, {options.shards} shards:")
+        kinds = {
+            "equal": [32] * options.shards,
+            "short": [32] * (options.shards - 1) + [5],
+            "uneven": [random.randrange(16, 48) for _ in range(options.shards)],
+        }
+        shares = {f"share_{kind}": largest_share(Path(name) / kind, sizes) for kind, sizes in kinds.items()}
+        print("  all equal {:.2f}, the last one short {:.2f}, 16..47 samples {:.2f}".format(*shares.values()))
+        resident, evicted = memory(Path(name) / "memory", options.epochs)
         print("resident MiB after each epoch:", " ".join(f"{value:.1f}" for value in resident), f"({evicted} evicted)")
     growth = resident[-1] - resident[min(1, len(resident) - 1)]
     if options.json:
         figures = {
-            "damaged": options.damaged, "found": found, "share": share, "share_uneven": uneven,
-            "resident_mib": resident, "growth_mib": growth, "evicted": evicted,
+            "damaged": options.damaged, "found": found, **shares, "resident_mib": resident, "growth_mib": growth, "evicted": evicted,
         }  # fmt: skip
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
