@@ -27,7 +27,7 @@ from data_pipeline.loader import (
     eval_loader,
     train_loader,
 )
-from data_pipeline.order import SampleOrder
+from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
@@ -213,33 +213,31 @@ def test_train_loader__a_bad_image_gives_its_place_to_the_next_of_its_lane(
 ) -> None:
     options = {"canvas_size": CANVAS, "batch_size": 8, "world": 2, "num_lanes": 6}
     order = SampleOrder([7, 7, 7, 7, 2], num_lanes=6)
-    positions = {int(order.take(position, position + 1)[0]): position for position in (3, 13)}
-    root = with_bad(tmp_path / "pictures", dict(zip(positions, (BROKEN, b""), strict=True)))
-    met = []
+    epochs = order.take(0, 4 * 30).tolist()
+    met = set()
     for rank in range(2):
-        sound = first(train_loader(dataset, rank=rank, **options), 3)
-        mended = first(
-            train_loader(root, rank=rank, num_workers=num_workers, quarantine=tmp_path / "run", **options), 3
-        )
-        for batch, other in zip(sound, mended, strict=True):
-            for place, index in enumerate(batch.index.tolist()):
-                if index in positions:
-                    met.append(index)
-                    # The same lane, one item on, in this rank alone; its pixels, label and aspect are its own.
-                    after = positions[index] + 6
-                    index = int(order.take(after, after + 1)[0])
-                    assert other.label[place] == index % 5
-                    assert other.aspect[place] == pytest.approx((30 + index) / 40)
-                    assert other.canvas[place].any()
-                else:
+        sound = first(train_loader(dataset, rank=rank, **options), 7)
+        loader = train_loader(root, rank=rank, num_workers=num_workers, quarantine=tmp_path / "run", **options)
+        for number, (batch, other) in enumerate(zip(sound, first(loader, 7), strict=True)):
+            positions = ElasticSampler(order, 8, rank, 2).positions(number).tolist()
+            for place, (position, index) in enumerate(zip(positions, batch.index.tolist(), strict=True)):
+                wanted = index
+                while wanted in (11, 20):  # the same lane, one item on, or the lane's first of the next epoch
+                    met.add(wanted)
+                    within = position % 30
+                    position += 6 if within + 6 < 30 else 30 - within + within % 6
+                    wanted = epochs[position]
+                assert other.index[place] == wanted
+                assert other.label[place] == wanted % 5
+                assert other.aspect[place] == pytest.approx((30 + wanted) / 40)
+                assert other.canvas[place].any()
+                if wanted == index:
                     assert torch.equal(other.canvas[place], batch.canvas[place])
-                assert other.index[place] == index
-    assert sorted(met) == sorted(positions)
+    assert met == {11, 20}
     lines = quarantined(tmp_path / "run")
-    assert {(line["key"], line["shard"]) for line in lines} == {
-        (f"image{index:03d}", f"train-{index // 7:06d}.tar") for index in positions
-    }
-    assert len(lines) == 2
+    assert {line["index"] for line in lines} == {11, 20}
+    assert {line["key"] for line in lines} == {"image011", "image020"}
+    assert {line["shard"] for line in lines} == {"train-000001.tar", "train-000002.tar"}
     assert all("not an image" in line["reason"] and line["split"] == "train" for line in lines)
 
 

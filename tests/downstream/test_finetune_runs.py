@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from http_store import serving
 
 from cluster.metrics import read_rows
 from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
@@ -72,3 +73,20 @@ def test_evaluate__unfinished_run_is_refused_and_gets_no_results(finetuned: Path
 def test_evaluate__folder_that_is_no_run(tmp_path: Path):
     with pytest.raises(TaskError, match=r"not a run folder"):
         evaluate_run(tmp_path)
+
+
+def test_run__data_at_a_url_gives_the_results_of_the_folder(
+    codec_folder: Path, colours: Path, finetuned: Path, tmp_path: Path, options
+):
+    """The run of `finetuned` again, through the cache; evaluating it again goes through it too."""
+    with serving(colours) as store:
+        results = run(
+            resolve("classification", options(codec_folder, store.url, tmp_path / "run", f"cache={tmp_path / 'cache'}"))
+        )
+        local = json.loads((finetuned / "results.json").read_text())
+        assert {key: results[key] for key in ("top1", "top5", "bpp", "images")} == {
+            key: local[key] for key in ("top1", "top5", "bpp", "images")
+        }
+        assert results["data"] == store.url
+        assert evaluate_run(tmp_path / "run")["top1"] == local["top1"]
+        assert {count for name, count in store.requests.items() if name.endswith(".tar")} == {1}

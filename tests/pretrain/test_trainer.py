@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NARROW, REPOSITORY, SHORT, small_run
+from http_store import serving
 
 from cluster.checkpoint import CheckpointStore
+from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
 from pretrain.run import run
 
 STAGES = ["ssl", "redundancy", "joint", "codec"]
@@ -157,3 +159,31 @@ def test_run__micro_batches_see_all_images(scenes: Path, tmp_path: Path):
     config.stages = config.stages[1:2]
     rows = [json.loads(line) for line in (run(config) / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["samples_seen"] == 32
+
+
+def test_run__data_at_a_url_changes_no_loss_and_passes_over_a_bad_image(scenes: Path, tmp_path: Path):
+    """The same losses as from the folder; with an image that does not decode, the run goes on and names it."""
+    folder = losses(run(small_run(scenes, tmp_path / "folder", "precision=fp32", "only=[ssl]")))
+    with serving(scenes) as store:
+        options = ["precision=fp32", "only=[ssl]", f"cache={tmp_path / 'cache'}", "cache_limit=0.1"]
+        config = small_run(Path("x"), tmp_path / "url", *options, f"data={store.url}")
+        assert losses(run(config)) == folder
+        assert {count for name, count in store.requests.items() if name.endswith(".tar")} == {1}
+    assert not (tmp_path / "url" / "quarantine.jsonl").exists()
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) >= 1
+
+    manifest = Manifest.load(scenes)
+    broken = tmp_path / "broken"
+    shutil.copytree(scenes, broken)
+    reader = ShardReader(scenes, manifest.split("train"))
+    with ShardWriter(broken, "train") as writer:
+        for number in range(len(reader)):
+            sample = reader.read(number)
+            writer.write(
+                sample | ({"png": b"broken"} if "png" in sample else {"jpg": b"broken"}) if number == 5 else sample
+            )
+    Manifest("broken", manifest.classes, {**manifest.splits, "train": Split(tuple(writer.shards))}).save(broken)
+    rows = losses(run(small_run(broken, tmp_path / "bad", "precision=fp32", "only=[ssl]")))
+    assert len(rows) == len(folder)
+    named = [json.loads(line) for line in (tmp_path / "bad" / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["index"] for line in named} == {5}
