@@ -1,6 +1,6 @@
 """The cache of remote shards: damage found, bytes read by a rank, memory while shards come and go.
 
-    python tests/benchmarks/cache.py [--damaged 400] [--shards 256] [--epochs 10] [--json FILE]
+    python tests/benchmarks/cache.py [--damaged 400] [--shards 256] [--shard-samples 1000] [--epochs 10] [--json FILE]
 
 Shards of random bytes, or of small JPEGs for the memory, are served over HTTP by a process of this machine and read
 through caches in a temporary folder. Figures in --json:
@@ -8,9 +8,9 @@ through caches in a temporary folder. Figures in --json:
 - `damaged`, `found`: shards with a cut (every other one) or a flipped bit at a random place, and how many of them
   were refused before a byte was used, first at the store, then in the cache of a process that had not fetched them.
 - `share_equal`, `share_short`, `share_uneven`: the largest, over the 8 ranks of a world of 8, of the bytes that a rank
-  fetched in an epoch, times 8, over those of all shards (1.0: each rank fetches an eighth). The shards are equal, as no
-  real data set's are, so that lanes and pools of shards end together; equal but for a short last one, as
-  `dicm data build` writes them; and of many sizes.
+  fetched in an epoch, times 8, over those of all shards (1.0: each rank fetches an eighth). The shards are equal, so that lanes and pools of shards end
+  at the same places; equal but for a short last one, as `dicm data build` writes them, so that they do not; and of many
+  sizes. The figure grows with the samples in a shard, up to those that shards have by default.
 - `resident_mib`: memory of the process after each epoch, with a cache that holds a quarter of the shards;
   `growth_mib`: the last less that after the second, when all buffers exist; `evicted`: shards removed on the way.
 """
@@ -21,6 +21,7 @@ import argparse
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,7 +52,7 @@ def write_shards(root: Path, sizes: Sequence[int], images: list[bytes]) -> Manif
         with ShardWriter(root, f"part{number:03d}") as writer:
             for sample in range(size):
                 image = images[random.randrange(len(images))]
-                writer.write({"__key__": f"{number:03d}-{sample:04d}", "jpg": image, "json": {"label": 0}})
+                writer.write({"__key__": f"{number:03d}-{sample:04d}", "jpg": image})
         shards += writer.shards
     manifest = Manifest("benchmark", (), {"train": Split(tuple(shards))})
     manifest.save(root)
@@ -116,7 +117,7 @@ def found_damage(folder: Path, num_shards: int) -> int:
 
 def largest_share(folder: Path, sizes: Sequence[int]) -> float:
     """Bytes that a rank fetches in an epoch, over an equal part of them; the worst of the ranks."""
-    split = write_shards(folder / "set", sizes, [random.randbytes(200)]).split("train")
+    split = write_shards(folder / "set", sizes, [b"image"]).split("train")
     order, total = SampleOrder(split.shard_sizes), sum(shard.bytes for shard in split.shards)
     shares = []
     with served(folder / "set") as url:
@@ -124,9 +125,11 @@ def largest_share(folder: Path, sizes: Sequence[int]) -> float:
             cache = ShardCache(folder / f"cache{rank}", retries=RETRIES)
             reader, batches = ShardReader(url, split, cache), iter(ElasticSampler(order, BATCH, rank, WORLD))
             for _ in range(order.num_samples // BATCH):
-                for index in next(batches):
-                    reader.read(index)
+                for number in reader.shards_of(next(batches)):
+                    cache.fetch(url, split.shards[number])
             shares.append(cache.fetched_bytes / total * WORLD)
+            shutil.rmtree(cache.root)
+    shutil.rmtree(folder)
     return max(shares)
 
 
@@ -156,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--damaged", type=int, default=400)
     parser.add_argument("--shards", type=int, default=256)
+    parser.add_argument("--shard-samples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -164,13 +168,14 @@ def main() -> None:
         found = found_damage(Path(name) / "damage", options.damaged)
         print(f"damaged shards: {options.damaged}, found before use: {found}")
         print(f"bytes a rank fetches in an epoch, over an equal part of all, {WORLD} ranks, {options.shards} shards:")
+        size = options.shard_samples
         kinds = {
-            "equal": [32] * options.shards,
-            "short": [32] * (options.shards - 1) + [5],
-            "uneven": [random.randrange(16, 48) for _ in range(options.shards)],
+            "equal": [size] * options.shards,
+            "short": [size] * (options.shards - 1) + [size // 5],
+            "uneven": [random.randrange(size // 2, size * 3 // 2) for _ in range(options.shards)],
         }
         shares = {f"share_{kind}": largest_share(Path(name) / kind, sizes) for kind, sizes in kinds.items()}
-        print("  all equal {:.2f}, the last one short {:.2f}, 16..47 samples {:.2f}".format(*shares.values()))
+        print("  all equal {:.2f}, the last one short {:.2f}, of many sizes {:.2f}".format(*shares.values()))
         resident, evicted = memory(Path(name) / "memory", options.epochs)
         print("resident MiB after each epoch:", " ".join(f"{value:.1f}" for value in resident), f"({evicted} evicted)")
     growth = resident[-1] - resident[min(1, len(resident) - 1)]

@@ -407,7 +407,8 @@ def test_load__a_manifest_at_a_url(store: HttpStore, folder: Path, tmp_path: Pat
             Manifest.load(other.url)
 
 
-def test_cache__a_rank_of_eight_fetches_its_share_of_the_bytes(tmp_path: Path):
+def test_cache__a_rank_of_eight_fetches_an_eighth_of_equal_shards(tmp_path: Path):
+    # Equal ones alone: then lanes and pools of shards end at the same places. The benchmark has the others.
     manifest = write(tmp_path / "set", shards=256, samples=8, num_bytes=10)
     split = manifest.split("train")
     order, total = SampleOrder(split.shard_sizes), sum(shard.bytes for shard in split.shards)
@@ -418,7 +419,7 @@ def test_cache__a_rank_of_eight_fetches_its_share_of_the_bytes(tmp_path: Path):
             for _ in range(order.num_samples // 256):
                 for index in next(batches):
                     reader.read(index)
-            assert cache.fetched_bytes <= 1.5 * total / 8
+            assert cache.fetched_bytes <= 1.1 * total / 8
 
 
 def test_verify__looks_at_the_store_and_not_at_what_is_cached(
