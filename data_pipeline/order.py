@@ -5,11 +5,12 @@ pure function of (shard sizes, seed, shuffle_shards, num_lanes): neither the num
 nor the batch size enters, so a run can stop on eight machines and go on with three, and its whole state is one
 integer, the number of samples seen.
 
-An epoch is made in two steps. First a list: shards are permuted, joined in pools of `shuffle_shards`, and
-samples permuted inside each pool, which mixes well while few shards are open at a time. Then lanes: the list is
-cut into `num_lanes` contiguous chunks and read across them, position p being item p // num_lanes of lane
-p % num_lanes. A batch therefore touches all lanes, while a rank, given a block of neighbouring lanes, needs only
-their shards.
+An epoch is made in two steps. First a list: shards are permuted and joined, and samples permuted inside pools of at
+most `shuffle_shards` shards' worth, which mixes well while few shards are open at a time. Then lanes: the list is cut
+into `num_lanes` contiguous chunks and read across them, position p being item p // num_lanes of lane p % num_lanes.
+A batch therefore touches all lanes, while a rank, given a block of neighbouring lanes, needs only their shards. Pools
+end where lanes end, not where shards do: or a rank whose first lane began a little before a pool's end would need
+nearly all shards of that pool as well.
 
     list of the epoch   | a b c d | e f g | h i j |        10 samples, 3 lanes
     order               a e h  b f i  c g j  d
@@ -24,6 +25,7 @@ Sources: Feistel networks as permutations (Luby, Rackoff 1988), of any size by w
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -44,7 +46,7 @@ class SampleOrder:
     Args:
         shard_sizes: samples in each shard; dataset indexes count through them (shard-major).
         seed: of all permutations, 0 or more.
-        shuffle_shards: shards in a pool; 0 keeps the order on disk.
+        shuffle_shards: the most shards' worth of samples in a pool; 0 keeps the order on disk.
         num_lanes: contiguous chunks that an epoch's list is cut into; a data set with fewer samples has as many
             lanes as samples.
 
@@ -64,6 +66,7 @@ class SampleOrder:
             raise DataError("the split has no samples; build a data set with at least one image")
         self.num_lanes = min(num_lanes, self.num_samples)
         self._starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self._bounds = self._pool_bounds()
         self._plans: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def take(self, start: int, stop: int) -> np.ndarray:
@@ -92,13 +95,25 @@ class SampleOrder:
         if self.shuffle_shards == 0:
             return places
         shards, starts = self._plan(epoch)
-        bounds = np.append(starts[: -1 : self.shuffle_shards], starts[-1])
-        pools = np.searchsorted(bounds, places, side="right") - 1
-        first = bounds[pools]
-        sizes, keys = bounds[pools + 1] - first, _key(self.seed, epoch, pools + 1)
+        pools = np.searchsorted(self._bounds, places, side="right") - 1
+        first = self._bounds[pools]
+        sizes, keys = self._bounds[pools + 1] - first, _key(self.seed, epoch, pools + 1)
         shuffled = first + permute(places - first, sizes, keys)
         turn = np.searchsorted(starts, shuffled, side="right") - 1
         return self._starts[shards[turn]] + shuffled - starts[turn]
+
+    def _pool_bounds(self) -> np.ndarray:
+        """Where pools begin in an epoch's list, and its end: every so many lanes, or so many times within each lane."""
+        lanes = self._list_positions(np.arange(self.num_lanes))
+        in_a_lane = np.count_nonzero(self.shard_sizes) / self.num_lanes  # shards
+        if in_a_lane <= self.shuffle_shards:
+            # A divisor if there is a large one, so that pools also end where equal blocks of lanes do.
+            most = int(min(self.shuffle_shards / in_a_lane, self.num_lanes))
+            step = next((step for step in range(most, most // 2, -1) if self.num_lanes % step == 0), most)
+            return np.append(lanes[::step], self.num_samples)
+        pieces = math.ceil(in_a_lane / max(self.shuffle_shards, 1))
+        lengths = np.diff(np.append(lanes, self.num_samples))
+        return np.append((lanes[:, None] + lengths[:, None] * np.arange(pieces) // pieces).ravel(), self.num_samples)
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of an epoch, and where each begins in its list; the list's end behind them."""

@@ -59,6 +59,7 @@ def alone(dataset: Path) -> list[list[tuple[int, str]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 4])
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8])
 def test_train_loader__any_world_and_workers_read_the_same_bytes(
