@@ -134,9 +134,9 @@ def _rejections(rejected: Iterable[Rejected]) -> str:
 
 @app.command()
 def inspect(
-    root: Annotated[Path, typer.Argument(help="Folder of a data set.")],
+    root: Annotated[str, typer.Argument(help="Folder or URL (s3://, https://) of a data set.")],
     sheet: Annotated[
-        Path | None, typer.Option(help="Contact sheet (PNG); ROOT/contact_sheet.png if not given.")
+        Path | None, typer.Option(help="Contact sheet (PNG); contact_sheet.png in the folder, or here, if not given.")
     ] = None,
 ) -> None:
     """Print counts, classes and sizes of a data set; write a contact sheet of its first split.
@@ -147,6 +147,7 @@ def inspect(
 
     manifest = Manifest.load(root)
 
+    from data_pipeline.addresses import is_remote, local_folder
     from data_pipeline.contact_sheet import write_contact_sheet
     from data_pipeline.inspect import split_facts
     from data_pipeline.tables import tables
@@ -158,7 +159,7 @@ def inspect(
         facts = {name: split_facts(root, manifest, name, lambda count: bar.advance(task, count)) for name in names}
     for table in tables(manifest, facts):
         console.print(table)
-    path = sheet or root / "contact_sheet.png"
+    path = sheet or (Path() if is_remote(root) else local_folder(root)) / "contact_sheet.png"
     if names:
         write_contact_sheet(root, manifest, names[0], path)
         console.print(f"contact sheet: {path}")

@@ -39,7 +39,7 @@ def class_colour(number: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def contact_sheet(root: Path, manifest: Manifest, split: str, columns: int = 6, rows: int = 5) -> Image.Image:
+def contact_sheet(root: str | Path, manifest: Manifest, split: str, columns: int = 6, rows: int = 5) -> Image.Image:
     """A picture of samples spread over a split.
 
     A sample shows its boxes with class names and its instance masks outlined and lightly tinted; the line below has
@@ -62,7 +62,7 @@ def contact_sheet(root: Path, manifest: Manifest, split: str, columns: int = 6, 
     return sheet
 
 
-def write_contact_sheet(root: Path, manifest: Manifest, split: str, path: Path) -> None:
+def write_contact_sheet(root: str | Path, manifest: Manifest, split: str, path: Path) -> None:
     """Write `contact_sheet` as a PNG.
 
     Raises:

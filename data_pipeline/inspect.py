@@ -58,7 +58,7 @@ class SplitFacts:
 
 
 def split_facts(
-    root: Path,
+    root: str | Path,
     manifest: Manifest,
     name: str,
     progress: Callable[[int], None] | None = None,
@@ -78,7 +78,7 @@ def split_facts(
     return facts
 
 
-def shard_facts(job: tuple[Path, Shard]) -> SplitFacts:
+def shard_facts(job: tuple[str | Path, Shard]) -> SplitFacts:
     """Counts of one shard."""
     root, shard = job
     reader = ShardReader(root, Split((shard,)))

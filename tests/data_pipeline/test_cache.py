@@ -440,6 +440,14 @@ def test_verify__looks_at_the_store_and_not_at_what_is_cached(
         assert f"{store.url}/val-000000.tar: is gone" in result.stdout
 
 
+def test_inspect__reads_a_url(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICM_CACHE", str(tmp_path / "cache"))
+    with serving(scenes) as store:
+        result = dicm("data", "inspect", store.url, "--sheet", tmp_path / "sheet.png")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "sheet.png").is_file()
+
+
 @pytest.fixture(scope="module")
 def bucket(folder: Path) -> Iterator[str]:
     """The data set in a bucket of an S3 server on this machine."""
