@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -220,11 +221,17 @@ def _picture(sample: dict[str, Any]) -> bytes:
 
 
 class ObjectDataset(Dataset[ObjectSample]):
-    """Map-style data set of the usable samples of a split."""
+    """Map-style data set of the usable samples of a split.
 
-    def __init__(self, root: str | Path, split: str, found: Survey, num_classes: int, masks: bool):
+    Args:
+        max_side: pixels; larger images come shrunk, with their objects, as if the data set held them so.
+    """
+
+    def __init__(
+        self, root: str | Path, split: str, found: Survey, num_classes: int, masks: bool, max_side: int | None = None
+    ):
         self.reader = ShardReader(root, Manifest.load(root).split(split))
-        self.found, self.num_classes, self.masks = found, num_classes, masks
+        self.found, self.num_classes, self.masks, self.max_side = found, num_classes, masks, max_side
 
     def __len__(self) -> int:
         return len(self.found.usable)
@@ -243,7 +250,8 @@ class ObjectDataset(Dataset[ObjectSample]):
             objects, _ = read_objects(facts, width, height, self.num_classes, self.masks)
         except DataError as error:
             raise DataError(f"{self.reader.root}: sample {sample['__key__']}: {error}") from error
-        return ObjectSample(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), objects, index, sample["__key__"])
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return shrink(ObjectSample(image, objects, index, sample["__key__"]), self.max_side)
 
     def __getitems__(self, numbers: list[int]) -> list[ObjectSample] | DataError:
         """A batch for DataLoader; an error travels as a value to `ObjectLoader`, which raises it."""
@@ -251,6 +259,31 @@ class ObjectDataset(Dataset[ObjectSample]):
             return [self[number] for number in numbers]
         except DataError as error:
             return error
+
+
+def shrink_image(image: Tensor, max_side: int | None) -> Tensor:
+    """The image (3, H, W) uint8 with its longer side at most `max_side` pixels, antialiased."""
+    height, width = image.shape[-2:]
+    if max_side is None or max(height, width) <= max_side:
+        return image
+    scale = max_side / max(height, width)
+    size = [max(MIN_SIDE, round(side * scale)) for side in (height, width)]
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def shrink(sample: ObjectSample, max_side: int | None) -> ObjectSample:
+    """The sample with its longer side at most `max_side` pixels."""
+    image = shrink_image(sample.image, max_side)
+    if image is sample.image:
+        return sample
+    (height, width), (before_height, before_width) = image.shape[-2:], sample.image.shape[-2:]
+    x, y = width / before_width, height / before_height
+    objects, masks = sample.objects, sample.objects.masks
+    if masks is not None:
+        smaller = masks.new_zeros((len(masks), height, width))
+        masks = F.interpolate(masks[None], size=(height, width), mode="nearest")[0] if len(masks) else smaller
+    boxes = objects.boxes * torch.tensor([x, y, x, y])
+    return sample._replace(image=image, objects=objects._replace(boxes=boxes, areas=objects.areas * x * y, masks=masks))
 
 
 class ObjectLoader(DataLoader[list[ObjectSample]]):

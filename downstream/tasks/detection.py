@@ -20,9 +20,9 @@ from data_pipeline.objects import (
     ObjectLoader,
     Objects,
     ObjectSample,
-    Survey,
     object_loader,
     once,
+    shrink_image,
     survey,
 )
 from data_pipeline.shards import Manifest
@@ -32,7 +32,7 @@ from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_objects
 from downstream.evaluation.objects import coco_metrics, voc_ap50
 from downstream.frozen import RateMeter, features_of
-from downstream.tasks.rcnn import NUM_LEVELS, Detector
+from downstream.tasks.rcnn import COARSEST, NUM_LEVELS, Detector
 from downstream.tasks.task import Found, Task, settle_statistics
 from pretrain.codec.backbone import Backbone
 
@@ -52,12 +52,15 @@ class DetectionConfig(FinetuneConfig):
     proposals: int = 1000
     rois: int = 512  # proposals an image that the box head is trained on
     flip: bool = True  # mirror half of the training images, before they are encoded
+    max_side: int | None = None  # pixels; larger images are shrunk to this before all else; none: they keep their size
     voc07: bool = False  # VOC's AP50 by the eleven-point rule of 2007
 
     def validate(self) -> None:
         """As `FinetuneConfig.validate`."""
         super().validate()
         self.at_least(1, "fpn_channels", "hidden", "proposals", "rois")
+        if self.max_side is not None and self.max_side < COARSEST:
+            raise TaskError(f"max_side={self.max_side} is impossible; it must be at least {COARSEST}, P6's stride")
         if len(self.anchors) != NUM_LEVELS or min(self.anchors) < 1:
             raise TaskError(
                 f"anchors={self.anchors} are impossible; give {NUM_LEVELS} sides in pixels, "
@@ -126,8 +129,8 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         )  # fmt: skip
 
     def _dataset(self, split: str) -> ObjectDataset:
-        found: Survey = self.found.details[split]
-        return ObjectDataset(self.config.data, split, found, len(self.config.classes), self.masks)
+        config, found = self.config, self.found.details[split]
+        return ObjectDataset(config.data, split, found, len(config.classes), self.masks, config.max_side)
 
     def _images(self, batch: Sequence[ObjectSample]) -> list[Tensor]:
         return [sample.image.to(self.device) for sample in batch]
@@ -206,6 +209,10 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         for item, mask in zip(objects, found.get("masks", ()), strict=False):
             item["mask"] = mask
         return {"objects": objects}
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """The image itself, or shrunk as those of the data set were."""
+        return shrink_image(image, self.config.max_side)
 
     def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
         """Boxes with names and scores, and masks."""
