@@ -124,11 +124,12 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
     def _loader(self, batch_size: int, num_workers: int, samples_seen: int = 0) -> ObjectLoader:
         runtime = self.runtime
         return object_loader(
-            self._dataset("train"), batch_size=batch_size, rank=runtime.rank, world=runtime.world,
+            self.dataset("train"), batch_size=batch_size, rank=runtime.rank, world=runtime.world,
             num_workers=num_workers, seed=self.config.seed, samples_seen=samples_seen,
         )  # fmt: skip
 
-    def _dataset(self, split: str) -> ObjectDataset:
+    def dataset(self, split: str) -> ObjectDataset:
+        """The usable samples of a split."""
         config, found = self.config, self.found.details[split]
         return ObjectDataset(config.data, split, found, len(config.classes), self.masks, config.max_side)
 
@@ -165,13 +166,13 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         """Average precisions and rates, image by image: a result does not depend on what stands beside it."""
         self.model.eval()
         rates, lines = RateMeter(), []
-        for (sample,) in once(self._dataset("val"), rank=self.runtime.rank, world=self.runtime.world):
+        for (sample,) in once(self.dataset("val"), rank=self.runtime.rank, world=self.runtime.world):
             height, width = _size(sample.image)
             features, sizes, payloads = self.source.through_streams(sample.image[None].to(self.device))
             rates.add(sizes, payloads, height, width)
             record = {
                 "image": sample.index, "height": height, "width": width,
-                "truth": _truth(sample.objects), "found": self._find(features, height, width),
+                "truth": truth_of(sample.objects), "found": self._find(features, height, width),
             }  # fmt: skip
             lines.append(json.dumps(record))
         return {**self.measure(self._gathered(lines)), **rates.rates(self.runtime)}
@@ -219,7 +220,8 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         return draw_objects(picture, prediction["objects"], score)
 
 
-def _truth(objects: Objects) -> dict[str, Any]:
+def truth_of(objects: Objects) -> dict[str, Any]:
+    """The objects of an image as `downstream.evaluation.objects` has them."""
     truth = {
         "boxes": objects.boxes.tolist(), "labels": objects.labels.tolist(), "ignored": objects.ignored.tolist(),
         "areas": objects.areas.tolist(),

@@ -114,7 +114,7 @@ def test_object_loader__an_epoch_has_each_usable_sample_once_and_resumes_where_i
     dataset = ObjectDataset(mixed, "train", found, 3, True)
     loader = iter(object_loader(dataset, batch_size=2, seed=3))
     seen = [[sample.index for sample in next(loader)] for _ in range(7)]
-    assert sorted(sum(seen, [])) == sorted(found.usable.tolist() * 2)
+    assert sorted(index for batch in seen for index in batch) == sorted(found.usable.tolist() * 2)
     again = iter(object_loader(dataset, batch_size=2, seed=3, samples_seen=6))
     assert [[sample.index for sample in next(again)] for _ in range(4)] == seen[3:]
 

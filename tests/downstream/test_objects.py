@@ -109,7 +109,7 @@ def test_coco_metrics__as_torchmetrics_has_them():
     for image in range(12):
         truth = [(box(), int(random.integers(3)), bool(random.random() < 0.2)) for _ in range(4)]
         found = [([side + random.normal(0, 2) for side in item[0]], item[1], float(random.random())) for item in truth]
-        records.append(record(truth, found + [(box(), 0, float(random.random()))], image))
+        records.append(record(truth, [*found, (box(), 0, float(random.random()))], image))
     for masks in (False, True):
         metric = MeanAveragePrecision(iou_type="segm" if masks else "bbox", backend="pycocotools")
         for item in records:

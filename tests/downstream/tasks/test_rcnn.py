@@ -34,7 +34,11 @@ def features(backbone: Backbone, sizes: list[tuple[int, int]]) -> list[torch.Ten
 def targets(sizes: list[tuple[int, int]], empty: bool = False) -> list[dict[str, torch.Tensor]]:
     boxes = BOX[:0] if empty else BOX
     return [
-        {"boxes": boxes, "labels": torch.tensor([2] * len(boxes), dtype=torch.int64), "masks": torch.ones(len(boxes), *size).byte()}
+        {
+            "boxes": boxes,
+            "labels": torch.tensor([2] * len(boxes), dtype=torch.int64),
+            "masks": torch.ones(len(boxes), *size).byte(),
+        }
         for size in sizes
     ]
 
