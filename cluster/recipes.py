@@ -55,7 +55,7 @@ def load_config(schema: type[C], recipe: str | Path | None, overrides: list[str]
     """
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(schema))  # type: ignore[assignment]
     if recipe is not None:
-        values = _merge(values, _read_recipe(recipe, recipe_folder))
+        values = _merge(values, read_recipe(recipe, recipe_folder))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -122,8 +122,13 @@ def _missing(schema: type, values: Any, key: str) -> RecipeError:
     return RecipeError(f"{key} is missing; give it a value, for example {key}={sample}")
 
 
-def _read_recipe(recipe: str | Path, folder: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a recipe over those of its `base`; `inside` are the recipes that led here."""
+def read_recipe(recipe: str | Path, folder: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe over those of its `base`, unchecked (RecipeError where it cannot be read).
+
+    Args:
+        recipe: a name in `folder`, or a path that ends in .yaml.
+        inside: the recipes that led here.
+    """
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{recipe}.yaml"
@@ -138,7 +143,7 @@ def _read_recipe(recipe: str | Path, folder: Path, inside: tuple[Path, ...] = ()
     base = values.pop("base", None)
     if base is None:
         return values
-    return _merge(_read_recipe(str(base), folder, (*inside, path.resolve())), values)
+    return _merge(read_recipe(str(base), folder, (*inside, path.resolve())), values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

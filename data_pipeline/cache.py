@@ -237,7 +237,7 @@ class ShardCache:
             if time.monotonic() > deadline:
                 raise DataError(
                     f"{self.folder}: no room for {shard.name}, all shards in {self.limit / GIB:g} GiB are in use; "
-                    "raise cache_limit"
+                    "raise shard_cache_limit"
                 )
             time.sleep(POLL_SECONDS)
 

@@ -90,7 +90,7 @@ def download(
     except OSError as error:
         raise DataError(
             f"{path.parent}: the disk is full ({error.strerror}) while {url} came; free {num_bytes} bytes, lower "
-            "cache_limit, or name another cache"
+            "shard_cache_limit, or name another cache"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Commands of the tasks: `dicm finetune`, `evaluate`, `report`, `demo`."""
+"""Commands of the tasks: `dicm finetune`, `evaluate`, `predict`, `report`, `demo`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from rich.table import Table
 
 app = typer.Typer()
 console = Console()
+TASK_NAMES = "classification, detection, instance_segmentation"
 
 
 @app.command()
 def finetune(
-    task: Annotated[str, typer.Argument(help="classification.")],
+    task: Annotated[str, typer.Argument(help=f"{TASK_NAMES}, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options to change.")] = None,
 ) -> None:
     """Fine-tune a task on the frozen codec, then measure accuracy and rate on real streams.
 
-    Example: dicm finetune classification codec=codec data=data/tiny run=runs/classes
+    Example: dicm finetune detection codec=codec data=data/voc run=runs/objects
     """
     from downstream.finetune import resolve, run
 
@@ -38,6 +39,29 @@ def evaluate(run: Annotated[Path, typer.Argument(help="Run folder of `dicm finet
     from downstream.finetune import evaluate_run
 
     _print(str(run), evaluate_run(run))
+
+
+@app.command()
+def predict(
+    task: Annotated[str, typer.Argument(help=f"{TASK_NAMES}.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of `dicm finetune`.")],
+    sources: Annotated[list[Path], typer.Argument(metavar="IMAGE|STREAM...", help="Files, or folders of them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME.png and NAME.json.")],
+    score: Annotated[float, typer.Option(help="Least score of what is drawn, 0..1; JSON has everything.")] = 0.5,
+    codec: Annotated[str | None, typer.Option(help="The run's codec, where it has moved.")] = None,
+) -> None:
+    """Apply a fine-tuned run to images or to streams of `dicm encode`; write pictures and JSON.
+
+    Example: dicm predict detection runs/objects streams/ -o found
+    """
+    from downstream.predict import predict_files
+
+    done = predict_files(task, run, sources, out, score, codec)
+    console.print(
+        f"{done.num_files} files -> {out}, {done.bits_per_pixel:.4f} bpp"
+        + (f", {len(done.rejected)} left out: {', '.join(done.rejected[:3])}" if done.rejected else ""),
+        soft_wrap=True,  # names stay whole, to be copied
+    )
 
 
 @app.command()
@@ -70,10 +94,13 @@ def demo(
 
 
 def _print(run: str, results: dict[str, Any]) -> None:
-    table = Table("input", "top-1", "top-5", "bpp, whole files", "bpp, payload", "images", title=run)
-    label = results["anchor"] or ("clean pixels" if results["input"] == "pixels" else "codec streams")
-    table.add_row(
-        label, f"{100 * results['top1']:.1f} %", f"{100 * results['top5']:.1f} %",
-        f"{results['bpp']:.4f}", f"{results['bpp_payload']:.4f}", str(results["images"]),
-    )  # fmt: skip
-    console.print(table)
+    from downstream.results import table
+
+    figures = table(results)
+    shown = Table("input", *figures, title=run)
+    shown.add_row(
+        results["anchor"] or ("clean pixels" if results["input"] == "pixels" else "codec streams"), *figures.values()
+    )
+    console.print(shown)
+    for reason, count in results.get("left_out", {}).items():
+        console.print(f"{count} x {reason}", highlight=False)

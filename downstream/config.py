@@ -1,47 +1,48 @@
-"""Options of a fine-tune: the dataclass is the schema, recipes of the tasks' names hold the values."""
+"""Options that all fine-tunes share: the dataclass is the schema, recipes of the tasks' names hold the values.
+
+Each task adds its own in a subclass, in its module.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from downstream.errors import TaskError
 
-TASKS = ("classification",)
 INPUTS = ("streams", "pixels")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass
 class FinetuneConfig:
-    """Everything that a fine-tune on the frozen codec depends on."""
+    """Everything that a fine-tune of any task on the frozen codec depends on."""
 
     codec: str = MISSING  # exported codec: folder or hub id
     data: str = MISSING  # folder or URL (s3://, https://) with dataset.json and shards
     run: str = "runs/finetune"  # run folder; running again with the same one resumes
-    task: str = "classification"
+    task: str = MISSING
     input: str = "streams"  # or pixels: the same network on decoded pixels, to compare with
     anchor: str | None = None  # input=pixels: FORMAT:QUALITY, for example jpeg:30; none: pixels as they are
     rate: float | None = None  # input=streams: 0..1, of a codec with a range of rates; none: its best
-    probe: bool = False  # train the linear head alone
+    classes: list[str] = field(default_factory=list)  # names of what the head tells apart; those of the data set
 
-    image_size: int | None = None  # pixels; that of the codec's pretraining where not given
-    canvas_size: int | None = None
     epochs: int = 10
     batch_size: int = 64  # global, over all workers
+    optimizer: str = "sgd"  # with Nesterov's momentum; or adamw
     lr: float = 0.02
     weight_decay: float = 5e-4
     warmup: float = 0.05  # share of the run over which the learning rate rises
-    label_smoothing: float = 0.1
-    scale_min: float = 0.4  # least area of a training crop over that of the image
     seed: int = 0
 
     workers: int = 1
     launcher: str = "ray"
     precision: str = "bf16"
     num_workers: int = 0
-    cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
-    cache_limit: float = 64.0  # GiB that they may take on a node
+    shard_cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
+    shard_cache_limit: float = 64.0  # GiB that they may take on a node
     log_every: int = 10
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -49,26 +50,20 @@ class FinetuneConfig:
     def validate(self) -> None:
         """Refuse what cannot work, before any work starts (TaskError)."""
         for key, valid in {
-            "task": TASKS,
             "input": INPUTS,
+            "optimizer": OPTIMIZERS,
             "launcher": ("ray", "local"),
             "precision": ("fp32", "bf16"),
         }.items():
             if (value := getattr(self, key)) not in valid:
                 raise TaskError(f"{key}={value} is unknown; use one of {', '.join(valid)}")
-        for key in ("epochs", "batch_size", "workers", "log_every", "checkpoint_every"):
-            if getattr(self, key) < 1:
-                raise TaskError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
-        for key, low, high in (("label_smoothing", 0.0, 0.99), ("warmup", 0.0, 1.0), ("scale_min", 0.01, 1.0)):
-            if not low <= getattr(self, key) <= high:
-                raise TaskError(f"{key}={getattr(self, key):g} is impossible; it must lie in {low:g}..{high:g}")
-        if self.cache_limit <= 0:
-            raise TaskError(f"cache_limit={self.cache_limit:g} is impossible; give the cache some GiB")
+        self.at_least(1, "epochs", "batch_size", "workers", "log_every", "checkpoint_every", "keep_checkpoints")
+        self.at_least(0, "num_workers", "seed", "weight_decay")
+        self.within(0.0, 1.0, "warmup")
+        if self.shard_cache_limit <= 0:
+            raise TaskError(f"shard_cache_limit={self.shard_cache_limit:g} is impossible; give the cache some GiB")
         if self.lr <= 0:
             raise TaskError(f"lr={self.lr:g} is impossible; it must be positive")
-        for key in ("image_size", "canvas_size"):
-            if (value := getattr(self, key)) is not None and value < 32:
-                raise TaskError(f"{key}={value} is impossible; it must be at least 32, the backbone's stride")
         if self.rate is not None and not (0 <= self.rate <= 1 and self.input == "streams"):
             raise TaskError(f"rate={self.rate:g} with input={self.input} is impossible; it lies in 0..1, for streams")
         if self.anchor == "none":  # YAML reads only `null` as nothing
@@ -79,3 +74,46 @@ class FinetuneConfig:
             from downstream.evaluation.anchors import Anchor
 
             Anchor.parse(self.anchor)
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps of a whole run over `num_samples` training samples."""
+        return self.epochs * (num_samples // self.batch_size)
+
+    def at_least(self, least: int, *keys: str) -> None:
+        """TaskError for the first of `keys` whose value is below `least`."""
+        for key in keys:
+            if getattr(self, key) < least:
+                raise TaskError(f"{key}={getattr(self, key)} is impossible; it must be at least {least}")
+
+    def within(self, low: float, high: float, *keys: str) -> None:
+        """TaskError for the first of `keys` whose value is outside low..high."""
+        for key in keys:
+            if not low <= getattr(self, key) <= high:
+                raise TaskError(f"{key}={getattr(self, key):g} is impossible; it must lie in {low:g}..{high:g}")
+
+
+def need_splits(config: FinetuneConfig, num_samples: dict[str, int], remedy: str) -> None:
+    """See that both splits are there and hold samples (TaskError).
+
+    Args:
+        num_samples: of each split that the data set has.
+        remedy: how to make the missing one.
+    """
+    for split in ("train", "val"):
+        if split not in num_samples:
+            raise TaskError(f"{config.data} has no {split} split, it has {_listed(list(num_samples))}; {remedy}")
+        if num_samples[split] == 0:
+            raise TaskError(f"{config.data}: its {split} split is empty; build the data set again with more images")
+
+
+def need_batches(config: FinetuneConfig, num_samples: int, per_worker: int) -> None:
+    """See that a batch fits between the workers and the training samples (TaskError)."""
+    if not config.workers * per_worker <= config.batch_size <= num_samples:
+        raise TaskError(
+            f"batch_size={config.batch_size} must lie in {config.workers * per_worker}..{num_samples} for "
+            f"{config.workers} worker(s) and the {num_samples} training samples of {config.data}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

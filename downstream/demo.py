@@ -24,6 +24,7 @@ from data_pipeline.scenes import write_scenes
 from downstream import finetune
 from downstream.errors import TaskError
 from downstream.evaluation.report import Report
+from downstream.results import RESULTS
 from pretrain.export import export
 from pretrain.run import resolve, run
 
@@ -85,8 +86,8 @@ def run_demo(
         ]
         commands.append(f"dicm finetune classification {' '.join(overrides)}")
         task = finetune.resolve("classification", overrides)
-        timings.step(f"classify, {name}", folder / finetune.RESULTS, partial(finetune.run, task))
-        results.append(json.loads((folder / finetune.RESULTS).read_text()))
+        timings.step(f"classify, {name}", folder / RESULTS, partial(finetune.run, task))
+        results.append(json.loads((folder / RESULTS).read_text()))
 
     pages = Report(
         "dicm demo: made-up scenes",

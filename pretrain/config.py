@@ -75,8 +75,8 @@ class PretrainConfig:
     num_workers: int = 0  # decoding processes a worker
     shuffle_shards: int = 16
     num_lanes: int = 128
-    cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
-    cache_limit: float = 64.0  # GiB that they may take on a node
+    shard_cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
+    shard_cache_limit: float = 64.0  # GiB that they may take on a node
 
     codec: CodecConfig = field(default_factory=CodecConfig)
     ssl: SSLConfig = field(default_factory=SSLConfig)
@@ -103,8 +103,8 @@ class PretrainConfig:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
         for part in self.init_parts:
             _one_of("init_parts", part, PARTS)
-        if self.cache_limit <= 0:
-            raise ConfigError(f"cache_limit={self.cache_limit:g} is impossible; give the cache some GiB")
+        if self.shard_cache_limit <= 0:
+            raise ConfigError(f"shard_cache_limit={self.shard_cache_limit:g} is impossible; give the cache some GiB")
         _image_size("image_size", self.image_size)
         if self.activation_checkpointing and self.workers > 1 and self.accumulate > 1:
             # DDP learns its static graph (see Stage) in the first backward pass, which cannot be a partial one.

@@ -78,7 +78,7 @@ def measure_knn(
             rank=runtime.rank,
             world=runtime.world,
             limit=limit - limit % runtime.world,  # no rank without a share
-            cache=ShardCache.of_size(config.cache, config.cache_limit),
+            cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
             quarantine=config.run,
         )
         features, labels = [], []
@@ -105,7 +105,7 @@ def measure_streams(
         canvas_size=config.canvas_size,
         batch_size=32,
         limit=limit,
-        cache=ShardCache.of_size(config.cache, config.cache_limit),
+        cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
         quarantine=config.run,
     )
     streams: list[bytes] = []

@@ -22,8 +22,8 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What may change between a run and its continuation: how it runs, not what it computes.
 FREE_KEYS = {
-    "run", "workers", "launcher", "num_workers", "cache", "cache_limit", "accumulate", "compile", "shard_optimizer",
-    "activation_checkpointing",
+    "run", "workers", "launcher", "num_workers", "shard_cache", "shard_cache_limit", "accumulate", "compile",
+    "shard_optimizer", "activation_checkpointing",
     "log_every", "picture_every", "checkpoint_every", "keep_checkpoints", "knn_every", "knn_samples",
 }  # fmt: skip
 

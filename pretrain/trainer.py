@@ -128,7 +128,7 @@ class Trainer:
             samples_seen=progress.samples_seen,
             shuffle_shards=config.shuffle_shards,
             num_lanes=config.num_lanes,
-            cache=ShardCache.of_size(config.cache, config.cache_limit),
+            cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
             quarantine=self.run,
         )
         return itertools.takewhile(lambda _: progress.stage_samples < stage.num_samples, loader)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.io import encode_png
 
+from downstream.results import metric_titles
 from pretrain.feature_picture import feature_picture
 
 INK = "#808890"  # readable on light and on dark ground
@@ -30,10 +31,11 @@ def png(image: Tensor) -> bytes:
 
 def rate_accuracy_svg(results: list[dict[str, Any]]) -> str:
     """Accuracy over bits per pixel, a line for each codec, as SVG; clean pixels as a level line."""
-    figure, axes = _axes("bits per pixel of the validation images, whole files", "top-1 accuracy, %")
+    metric, title = next(iter(metric_titles(results[0]).items()))
+    figure, axes = _axes("bits per pixel of the validation images, whole files", f"{title}, %")
     for name, rows in grouped(results).items():
         colour = SERIES.get(name, INK)
-        accuracies = [100 * row["top1"] for row in rows]
+        accuracies = [100 * (row[metric] or 0.0) for row in rows]
         if name == "clean pixels":
             axes.axhline(accuracies[0], color=colour, linestyle="--", linewidth=1.4)
             axes.annotate("clean pixels", (1, accuracies[0]), xycoords=("axes fraction", "data"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import importlib.metadata
-import json
 import os
 import platform
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from data_pipeline.loader import eval_loader
 from data_pipeline.views import center_images, normalize
 from downstream.errors import TaskError
 from downstream.evaluation.pictures import grouped, pca_picture, png, rate_accuracy_svg, series_of, training_svg
-from downstream.finetune import RESULTS
+from downstream.results import metric_titles, read_results, table
 from pretrain.codec.feature_codec import FeatureCodec
 
 PICTURE_SIZE = 192
@@ -95,26 +94,18 @@ class Report:
         if not self.results:
             return ""
         rows = [
-            "<tr><td>{}</td><td>{:.1f} %</td><td>{:.1f} %</td><td>{:.4f}</td><td>{:.4f}</td><td>{}</td></tr>".format(
-                html.escape(_label(row)),
-                100 * row["top1"],
-                100 * row["top5"],
-                row["bpp"],
-                row["bpp_payload"],
-                row["images"],
-            )
-            for rows in grouped(self.results).values()
-            for row in rows
+            _cells("td", [_label(row), *table(row).values()]) for rows in grouped(self.results).values() for row in rows
         ]
+        title = next(iter(metric_titles(self.results[0]).values()))
         return (
             "<h2>Accuracy over rate</h2>"
             + _figure(
                 rate_accuracy_svg(self.results),
-                "Top-1 accuracy of the same classifier (the backbone's tail and a linear head) on features from the "
-                "codec's streams, and on pixels decoded from other codecs. Further left and higher is better.",
+                f"{title} of the same network (the backbone's tail and a head) on features from the codec's streams, "
+                "and on pixels decoded from other codecs. Further left and higher is better.",
             )
-            + "<div class='scroll'><table><tr><th>input</th><th>top-1</th><th>top-5</th><th>bpp, whole files</th>"
-            f"<th>bpp, payload</th><th>images</th></tr>{''.join(rows)}</table></div><p class='soft'>Whole files "
+            + f"<div class='scroll'><table>{_cells('th', ['input', *table(self.results[0])])}"
+            f"{''.join(rows)}</table></div><p class='soft'>Whole files "
             "count every byte. Payload leaves out headers, and for pixel codecs what a file of one flat colour "
             "has too.</p>"
         )
@@ -209,11 +200,10 @@ def feature_figure(codec_folder: Path, data: str | Path) -> str:
 
 def report_of_runs(runs: list[Path], out: Path, pretraining: Path | None) -> None:
     """Write the report of fine-tuned runs (TaskError where one has no results)."""
-    results = []
-    for folder in runs:
-        if not (folder / RESULTS).is_file():
-            raise TaskError(f"{folder}: no {RESULTS}; finish it with `dicm finetune`")
-        results.append(json.loads((folder / RESULTS).read_text()))
+    results = [read_results(folder) for folder in runs]
+    tasks = list(dict.fromkeys(row["task"] for row in results))
+    if len(tasks) > 1:
+        raise TaskError(f"runs of {' and '.join(tasks)} have different metrics; write a report for each task")
     if pretraining is not None and not (pretraining / METRICS).is_file():
         raise TaskError(f"{pretraining}: not a run folder of `dicm pretrain` (no {METRICS})")
     codecs = [Path(codec) for codec in dict.fromkeys(row["codec"] for row in results if row["input"] == "streams")]
@@ -225,7 +215,11 @@ def _label(row: dict[str, Any]) -> str:
     name = row["anchor"] or ("streams of " + Path(row["codec"]).name if series_of(row) == "codec" else "clean pixels")
     if row.get("rate") is not None:
         name += f", rate {row['rate']:g}"
-    return f"{name}, linear probe" if row["probe"] else name
+    return f"{name}, linear probe" if row.get("probe") else name
+
+
+def _cells(tag: str, texts: list[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(text)}</{tag}>' for text in texts)}</tr>"
 
 
 def _figure(content: str, caption: str) -> str:

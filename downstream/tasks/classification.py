@@ -3,12 +3,59 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from data_pipeline.loader import CanvasBatch, CanvasLoader, eval_loader, train_loader
+from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.views import ViewConfig, center_images, random_crops, resample
+from downstream.config import FinetuneConfig, need_batches, need_splits
+from downstream.errors import TaskError
+from downstream.evaluation.drawing import draw_caption
+from downstream.frozen import RateMeter
+from downstream.tasks.task import Found, Task, settle_statistics
 from pretrain.codec.backbone import Backbone
+from pretrain.codec.feature_codec import FeatureCodec
+
+EVALUATION_BATCH = 64
+STATISTICS_SAMPLES = 2048  # training images that give the final statistics of batch norms
+PROBE_STEPS, PROBE_LR = 300, 0.01
+NUM_RANKED = 5
+REMEDY = "build it with `dicm data build imagefolder SRC OUT --val-fraction 0.1`"
+
+
+@dataclass
+class ClassificationConfig(FinetuneConfig):
+    """Options of a classification."""
+
+    task: str = "classification"
+    probe: bool = False  # train the linear head alone, full batch, on features embedded once
+
+    image_size: int | None = None  # pixels; that of the codec's pretraining where not given
+    canvas_size: int | None = None
+    label_smoothing: float = 0.1
+    scale_min: float = 0.4  # least area of a training crop over that of the image
+
+    def validate(self) -> None:
+        """As `FinetuneConfig.validate`."""
+        super().validate()
+        self.within(0.0, 0.99, "label_smoothing")
+        self.within(0.01, 1.0, "scale_min")
+        for key in ("image_size", "canvas_size"):
+            if (value := getattr(self, key)) is not None and value < 32:
+                raise TaskError(f"{key}={value} is impossible; it must be at least 32, the backbone's stride")
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps of a whole run."""
+        return PROBE_STEPS if self.probe else super().num_steps(num_samples)
 
 
 class Classifier(nn.Module):
@@ -40,12 +87,194 @@ class Classifier(nn.Module):
         """(N, num_features) of f3, before norm and head."""
         return self.tail(f3).mean(dim=(2, 3))
 
-    def forward(self, f3: Tensor) -> Tensor:
-        return self.head(self.norm(self.pooled(f3).float()))
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of f3, or of (N, num_features) that are pooled and normalised already."""
+        return self.head(features if features.ndim == 2 else self.norm(self.pooled(features).float()))
 
     def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """Cross-entropy, float32."""
         return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+class Classification(Task[ClassificationConfig, Any]):
+    """Classification of whole images; a batch is canvases, or with `probe` features and labels."""
+
+    Config = ClassificationConfig
+    metrics = {"top1": "top-1", "top5": "top-5"}  # noqa: RUF012
+    model: Classifier
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        if self.config.probe:
+            self.stage = "probe"
+
+    @classmethod
+    def fill_in(cls, config: ClassificationConfig, codec: FeatureCodec, manifest: Manifest) -> None:
+        """Sizes are those of the codec's pretraining."""
+        super().fill_in(config, codec, manifest)
+        config.image_size = config.image_size or codec.extra.get("image_size", 224)
+        config.canvas_size = config.canvas_size or codec.extra.get("canvas_size", config.image_size)
+
+    @classmethod
+    def check_data(cls, config: ClassificationConfig, manifest: Manifest) -> Found:
+        """Number of training samples; TaskError where the data set lacks labels or a split."""
+        need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, REMEDY)
+        first = json.loads(ShardReader(config.data, manifest.split("train")).read(0).get("json") or b"{}")
+        if not manifest.classes or first.get("label") is None:
+            raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
+        num_samples = manifest.split("train").num_samples
+        need_batches(config, num_samples, per_worker=2)
+        return Found(num_samples)
+
+    def network(self, backbone: Backbone) -> Classifier:
+        return Classifier(backbone, len(self.config.classes), self.config.probe)
+
+    @property
+    def _image_size(self) -> int:
+        assert self.config.image_size is not None
+        return self.config.image_size
+
+    @property
+    def _canvas_size(self) -> int:
+        assert self.config.canvas_size is not None
+        return self.config.canvas_size
+
+    def batches(self, samples_seen: int) -> Iterator[Any]:
+        """Canvases; with `probe` the features of all training images, again and again."""
+        if not self.config.probe:
+            return iter(self._training_loader(samples_seen, self.config.num_workers))
+        return self._embedded()
+
+    def _training_loader(self, samples_seen: int = 0, num_workers: int = 0) -> CanvasLoader:
+        return train_loader(
+            self.config.data,
+            canvas_size=self._canvas_size,
+            batch_size=self.config.batch_size,
+            rank=self.runtime.rank,
+            world=self.runtime.world,
+            num_workers=num_workers,
+            seed=self.config.seed,
+            samples_seen=samples_seen,
+        )
+
+    def loss(
+        self, module: Callable[[Tensor], Tensor], batch: Any, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Cross-entropy, and accuracy on the batch."""
+        if isinstance(batch, CanvasBatch):
+            views, labels = self._views(batch, generator), self._labels(batch)
+            logits = module(self.source.features(views))
+            loss = self.model.loss(logits, labels, self.config.label_smoothing)
+        else:
+            inputs, labels = batch
+            with self.autocast(False):
+                logits = module(inputs)
+                loss = self.model.loss(logits, labels, 0.0)
+        return loss, {"train_top1": count_correct(logits.detach(), labels)[0] / len(labels)}
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """A probe is a convex problem of little data: Adam, at one rate."""
+        if self.config.probe:
+            return torch.optim.Adam(self.model.head.parameters(), lr=PROBE_LR, weight_decay=1e-4)
+        return super().optimizer()
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Scheduler | None:
+        return None if self.config.probe else super().scheduler(optimizer, num_steps)
+
+    def _views(self, batch: CanvasBatch, generator: torch.Generator) -> Tensor:
+        """Random crops, half of them mirrored, (N, 3, S, S) uint8: what a camera would have sent."""
+        canvas, aspect = batch.canvas.to(self.device), batch.aspect.to(self.device)
+        crops = random_crops(aspect, ViewConfig(scale_min=self.config.scale_min), generator)
+        flip = torch.rand(len(canvas), generator=generator, device=self.device) < 0.5
+        return resample(canvas, crops, self._image_size, flip).mul_(255).round_().to(torch.uint8)
+
+    def _labels(self, batch: CanvasBatch) -> Tensor:
+        """Labels (N,) on the device; TaskError where an image has none, which would be learned as a class."""
+        if bool((batch.label < 0).any()):
+            index = int(batch.index[batch.label < 0][0])
+            raise TaskError(f"{self.config.data}: image {index} has no label; build the data set again without it")
+        return batch.label.to(self.device)
+
+    @torch.no_grad()
+    def _embedded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pooled, normalised features and labels of the training images of all ranks."""
+        self.model.eval()
+        pooled, labels = [], []
+        num_samples = self.found.num_samples
+        for batch in self._evaluation_batches("train", num_samples - num_samples % self.runtime.world):
+            with self.autocast():
+                f3 = self.source.features(self._centers(batch))
+                pooled.append(self.model.pooled(f3).float())
+            labels.append(self._labels(batch))
+        features, targets = self.runtime.gather(torch.cat(pooled)), self.runtime.gather(torch.cat(labels))
+        self.model.norm.train()
+        self.model.norm.momentum = None  # one pass gives the exact statistics
+        self.model.norm.reset_running_stats()
+        self.model.norm(features)
+        self.model.norm.eval()
+        inputs = self.model.norm(features)
+        return itertools.repeat((inputs, targets))
+
+    def finish(self) -> None:
+        """Batch-norm statistics anew, over training images as they are evaluated."""
+        if self.config.probe:
+            return
+        samples = min(STATISTICS_SAMPLES, self.found.num_samples)
+        batches = itertools.islice(self._training_loader(), samples // self.config.batch_size)
+        with self.autocast():
+            features = (self.source.features(self._centers(batch)) for batch in batches)
+            settle_statistics(self.model, features, self.runtime)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Accuracies and rates."""
+        self.model.eval()
+        correct, rates = torch.zeros(2, dtype=torch.float64), RateMeter()
+        for batch in self._evaluation_batches("val", None):
+            f3, sizes, payloads = self.source.through_streams(self._centers(batch))
+            with self.autocast():
+                logits = self.model(f3)
+            correct += count_correct(logits, self._labels(batch)).cpu()
+            rates.add(sizes, payloads, self._image_size, self._image_size)
+        measured = rates.rates(self.runtime)
+        top1, top5 = self.runtime.gather(correct[None].to(self.device)).sum(0).tolist()
+        return {"top1": top1 / measured["images"], "top5": top5 / measured["images"], **measured}
+
+    def _evaluation_batches(self, split: str, limit: int | None) -> CanvasLoader:
+        return eval_loader(
+            self.config.data,
+            split,
+            canvas_size=self._canvas_size,
+            batch_size=EVALUATION_BATCH,
+            rank=self.runtime.rank,
+            world=self.runtime.world,
+            limit=limit,
+        )
+
+    def _centers(self, batch: CanvasBatch) -> Tensor:
+        return center_images(batch.canvas, batch.aspect, self._image_size)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """The middle of the image, as in evaluation."""
+        size = (self._canvas_size, self._canvas_size)
+        canvas = F.interpolate(image[None], size=size, mode="bilinear", antialias=True)
+        aspect = torch.tensor([image.shape[-1] / image.shape[-2]])
+        return center_images(canvas, aspect, self._image_size)[0]
+
+    @torch.no_grad()
+    def predict(self, features: Tensor, height: int, width: int) -> dict[str, Any]:
+        """`classes`: the five likeliest, each with `class`, `label` and `score`."""
+        self.model.eval()
+        with self.autocast():
+            logits = self.model(features)
+        scores, labels = logits.float().softmax(dim=1)[0].topk(min(NUM_RANKED, logits.shape[1]))
+        ranked = zip(labels.tolist(), scores.tolist(), strict=True)
+        return {"classes": [{"class": self.config.classes[k], "label": k, "score": score} for k, score in ranked]}
+
+    def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
+        """The likeliest class as a caption."""
+        best = prediction["classes"][0]
+        return draw_caption(picture, f"{best['class']} {best['score']:.2f}")
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

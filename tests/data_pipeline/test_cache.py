@@ -373,7 +373,7 @@ except ValueError as error:
 """
     process = python(code, store.url, tmp_path)
     (line,) = process.communicate()[0].splitlines()
-    assert f"{tmp_path / 'shards'}: the disk is full" in line and "lower cache_limit" in line
+    assert f"{tmp_path / 'shards'}: the disk is full" in line and "lower shard_cache_limit" in line
     assert files(ShardCache(tmp_path), ".part") == []
     assert store.requests[shards[0].name] == 1
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -42,10 +42,10 @@ def test_frozen_codec__nothing_of_it_changes_while_a_task_trains(exported_codec:
         "classification", options(exported_codec, scenes, tmp_path, "image_size=64", "canvas_size=64")
     )
     tuner = finetune.Finetuner(finetune.launcher.LocalRuntime(), config)
-    before = {name: tensor.clone() for name, tensor in tuner.input.codec.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in tuner.task.source.codec.state_dict().items()}
     tail = {name: tensor.clone() for name, tensor in tuner.model.tail.state_dict().items()}
     tuner.train()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in tuner.input.codec.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tuner.task.source.codec.state_dict().items())
     assert any(not torch.equal(tensor, tail[name]) for name, tensor in tuner.model.tail.state_dict().items())
 
 

@@ -31,7 +31,7 @@ def test_resolve__authors_values():
         ("precision=fp8", ["precision", "fp8", "bf16"]),
         ("image_size=50", ["image_size", "50", "32"]),
         ("workers=0", ["workers", "0"]),
-        ("cache_limit=0", ["cache_limit", "0", "GiB"]),
+        ("shard_cache_limit=0", ["shard_cache_limit", "0", "GiB"]),
         ("stages.codec.epochs=0", ["stages.codec.epochs"]),
         ("stages.codec.trains=[compression,backbone]", ["stages.codec.trains"]),
         ("stages.codec.trains=[decoder]", ["decoder", "compression"]),

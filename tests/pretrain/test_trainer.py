@@ -165,7 +165,7 @@ def test_run__data_at_a_url_changes_no_loss_and_passes_over_a_bad_image(scenes: 
     """The same losses as from the folder; with an image that does not decode, the run goes on and names it."""
     folder = losses(run(small_run(scenes, tmp_path / "folder", "precision=fp32", "only=[ssl]")))
     with serving(scenes) as store:
-        options = ["precision=fp32", "only=[ssl]", f"cache={tmp_path / 'cache'}", "cache_limit=0.1"]
+        options = ["precision=fp32", "only=[ssl]", f"shard_cache={tmp_path / 'cache'}", "shard_cache_limit=0.1"]
         config = small_run(Path("x"), tmp_path / "url", *options, f"data={store.url}")
         assert losses(run(config)) == folder
         assert {count for name, count in store.requests.items() if name.endswith(".tar")} == {1}

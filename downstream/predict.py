@@ -1,0 +1,166 @@
+"""What a fine-tuned run sees in images or streams: a picture and a JSON file for each.
+
+    OUT/
+      NAME.png      the image, or the features where only a stream is there, with what was found drawn on it
+      NAME.json     {"source", "task", "height", "width", "bytes", "bpp", and what the task tells: "objects", ...}
+
+An image goes through a real stream first, as in evaluation. The run's data set is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+
+from cluster.checkpoint import CheckpointStore
+from cluster.runtime import LocalRuntime
+from data_pipeline.errors import DataError
+from data_pipeline.decoding import decode_image
+from downstream.errors import TaskError
+from downstream.finetune import load_run
+from downstream.tasks import task_class
+from downstream.tasks.task import Task
+from pretrain.codec.backbone import HEAD_STRIDE
+from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.coding import IMAGE_SUFFIXES, STREAM_SUFFIX
+from pretrain.errors import CodecError
+from pretrain.feature_picture import feature_picture
+
+
+@dataclass
+class Predicted:
+    """What `predict_files` wrote: counts, and the files that could not be read, each with its reason."""
+
+    num_files: int = 0
+    num_bytes: int = 0
+    num_pixels: int = 0
+    rejected: list[str] = field(default_factory=list)
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """Mean rate over all pixels."""
+        return 8 * self.num_bytes / max(self.num_pixels, 1)
+
+
+def predict_files(
+    task: str, run: Path, sources: list[Path], out: Path, score: float = 0.5, codec: str | None = None
+) -> Predicted:
+    """Write a picture and a JSON file for every image and stream of `sources`.
+
+    Args:
+        task: the run's task.
+        run: folder of a complete fine-tune.
+        sources: images, `.dicm` streams, or folders of them.
+        out: folder, made where it is missing.
+        score: 0..1, least score of what is drawn; JSON holds everything.
+        codec: the run's codec, where it is no longer where it was.
+
+    Raises:
+        TaskError: another task, no such run, no file found, two of one name, `out` cannot be written.
+        DataError, CodecError: the only file cannot be read, or is a stream of another codec.
+    """
+    if not 0 <= score <= 1:
+        raise TaskError(f"--score={score:g} is impossible; it must lie in 0..1")
+    files = _targets(sources, out)
+    model = load_task(task, run, codec)
+    result = Predicted()
+    for source, name in files.items():
+        try:
+            prediction, picture = _predict(model, source)
+        except (CodecError, DataError) as error:
+            if len(files) == 1:
+                raise
+            result.rejected.append(str(error))
+            continue
+        _write(out / f"{name}.json", json.dumps(prediction, indent=2).encode() + b"\n")
+        drawn = model.draw(picture, prediction, score)
+        _write(out / f"{name}.png", encode_png(drawn.contiguous()).numpy().tobytes())
+        result.num_files += 1
+        result.num_bytes += prediction["bytes"]
+        result.num_pixels += prediction["height"] * prediction["width"]
+    return result
+
+
+def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
+    """The network of a complete run, ready to predict (TaskError where there is none, or it is of another task)."""
+    config = load_run(run)
+    task_class(name)
+    if config.task != name:
+        raise TaskError(f"{run} is a run of {config.task}, not of {name}; write `dicm predict {config.task} {run} ...`")
+    store = CheckpointStore(run / "checkpoints")
+    step = store.newest()
+    if step is None:
+        raise TaskError(f"{run}: has no checkpoint; finish it with `dicm finetune {config.task} ... run={run}`")
+    runtime = LocalRuntime()
+    runtime.close()  # nothing is waited for here: SIGTERM is to end the command
+    task = task_class(name)(config, FeatureCodec.from_pretrained(codec or config.codec), runtime)
+    task.model.load_state_dict(store.load(step)["model"])
+    task.model.eval()
+    return task
+
+
+def _predict(task: Task[Any, Any], source: Path) -> tuple[dict[str, Any], Tensor]:
+    """What the task tells of a file, and the picture (3, H, W) uint8 that it is drawn on."""
+    try:
+        data = source.read_bytes()
+        if source.suffix.lower() == STREAM_SUFFIX:
+            features, height, width = task.source.decode(data)
+            picture = feature_picture(features[0].cpu(), HEAD_STRIDE)[:, :height, :width]
+            num_bytes = len(data)
+        else:
+            picture = task.prepare(torch.from_numpy(decode_image(data)).permute(2, 0, 1).contiguous())
+            height, width = picture.shape[-2:]
+            features, sizes, _ = task.source.through_streams(picture[None])
+            num_bytes = int(sizes[0])
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
+    except (CodecError, DataError) as error:
+        raise type(error)(f"{source}: {error}") from error
+    facts = {
+        "source": str(source), "task": task.config.task, "height": height, "width": width, "bytes": num_bytes,
+        "bpp": 8 * num_bytes / (height * width),
+    }  # fmt: skip
+    return {**facts, **task.predict(features, height, width)}, picture
+
+
+def _targets(sources: list[Path], out: Path) -> dict[Path, str]:
+    """Files to read, each with the name of what is written of it."""
+    names: dict[str, Path] = {}
+    for file in (file for source in sources for file in _files(source)):
+        if (first := names.setdefault(file.stem, file)) != file:
+            raise TaskError(f"{first} and {file} would both be written to {out / file.stem}.png; use two folders")
+    if not names:
+        kinds = ", ".join((*sorted(IMAGE_SUFFIXES), STREAM_SUFFIX))
+        raise TaskError(f"{', '.join(map(str, sources))}: no file that ends in {kinds}")
+    return {file: name for name, file in names.items()}
+
+
+def _files(source: Path) -> Iterator[Path]:
+    if not source.exists():
+        raise TaskError(f"{source}: no such file or folder")
+    if source.is_file():
+        yield source
+    else:
+        kinds = {*IMAGE_SUFFIXES, STREAM_SUFFIX}
+        yield from sorted(path for path in source.rglob("*") if path.suffix.lower() in kinds)
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise TaskError(f"{path}: cannot be written ({error.strerror}); free space or name another place") from error

@@ -1,0 +1,171 @@
+"""What a task is to the launcher: data that it can use, a network on features, a loss, and a measured result.
+
+A run of `finetune` uses it like this, on every rank:
+
+    found = Task.check_data(config, manifest)      before any worker starts
+    task = Task(config, codec, runtime, found)
+    task.begin()                                   at step 0
+    for batch in task.batches(samples_seen): task.loss(module, batch, generator)
+    task.finish(); task.evaluate()                 from real streams
+
+`dicm predict` makes the same task without data, from the run's saved options and weights alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from cluster.runtime import Runtime
+from data_pipeline.shards import Manifest
+from downstream.config import FinetuneConfig
+from downstream.frozen import FeatureSource, source_of
+from pretrain.codec.backbone import Backbone
+from pretrain.codec.feature_codec import FeatureCodec
+
+C = TypeVar("C", bound=FinetuneConfig)
+B = TypeVar("B")
+
+
+@dataclass
+class Found:
+    """What a data set holds for a task.
+
+    Attributes:
+        num_samples: training samples that serve.
+        left_out: what had to be left out or made good, reason -> count.
+        details: what the task itself wants to keep of the check; plain values and arrays.
+    """
+
+    num_samples: int
+    left_out: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC, Generic[C, B]):
+    """One rank's side of a task; `C` is its config, `B` its batches.
+
+    Attributes:
+        Config: options of the task.
+        metrics: keys of the results that measure it, the one that curves show first, with their titles; shares 0..1,
+            or None where there was nothing to measure.
+        stage: name of what is trained, in metrics.jsonl.
+        source: images or streams in, features out.
+        model: what is trained.
+    """
+
+    Config: ClassVar[type[FinetuneConfig]]
+    metrics: ClassVar[dict[str, str]]
+    stage: str = "finetune"
+
+    def __init__(self, config: C, codec: FeatureCodec, runtime: Runtime, found: Found | None = None):
+        self.config, self.runtime, self.device = config, runtime, runtime.device
+        self._found = found
+        torch.manual_seed(config.seed)
+        self.model = self.network(codec.backbone).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.source: FeatureSource = source_of(codec, config.input, config.anchor, config.rate, self.device)
+
+    @property
+    def found(self) -> Found:
+        """What `check_data` found; only a task that predicts has none."""
+        assert self._found is not None, "a task made without data was asked for some"
+        return self._found
+
+    @classmethod
+    def fill_in(cls, config: C, codec: FeatureCodec, manifest: Manifest) -> None:
+        """Give options that were left open the values that codec and data set suggest; they are saved with the run."""
+        config.classes = cls.class_names(manifest)
+
+    @classmethod
+    def class_names(cls, manifest: Manifest) -> list[str]:
+        """Names of what the head tells apart."""
+        return list(manifest.classes)
+
+    @classmethod
+    @abstractmethod
+    def check_data(cls, config: C, manifest: Manifest) -> Found:
+        """What the data set holds for the task, before any work starts (TaskError where it is of no use)."""
+
+    @abstractmethod
+    def network(self, backbone: Backbone) -> nn.Module:
+        """The network on features; what it takes of `backbone` it copies."""
+
+    @abstractmethod
+    def batches(self, samples_seen: int) -> Iterable[B]:
+        """This rank's training batches without end, from position `samples_seen` of the order."""
+
+    @abstractmethod
+    def loss(self, module: Callable[..., Any], batch: B, generator: torch.Generator) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of a batch, and numbers to log (floats or tensors of one value, the same names at every step).
+
+        Args:
+            module: `model`, wrapped where gradients are averaged over ranks; call this one.
+            generator: for all random draws; seeded by the step, so that a resumed run draws the same.
+        """
+
+    def begin(self) -> None:
+        """What a new run does before its first step."""
+
+    def finish(self) -> None:
+        """What is done after the last step, before the final checkpoint."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """`metrics`, `bpp`, `bpp_payload`, `images` and whatever else there is to tell, of the validation split.
+
+        From real streams, on all ranks together; each gets the same.
+        """
+
+    @abstractmethod
+    def predict(self, features: Tensor, height: int, width: int) -> dict[str, Any]:
+        """What the task tells of one image of height x width pixels, from its features (1, C, h, w); for JSON."""
+
+    @abstractmethod
+    def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
+        """A picture (3, H, W) uint8 with what was predicted, where it is surer than `score`."""
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """The image (3, h, w) uint8 that is encoded, of one (3, H, W) that is to be predicted."""
+        return image
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of what is trained."""
+        config = self.config
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.SGD(trained, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, nesterov=True)
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Scheduler | None:
+        """The learning rate over the run; None leaves it as it is."""
+        return CosineLRScheduler(
+            optimizer,
+            t_initial=num_steps,
+            warmup_t=round(self.config.warmup * num_steps),
+            warmup_lr_init=self.config.lr * 1e-2,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+
+    def autocast(self, enabled: bool = True) -> torch.autocast:
+        """The run's precision, or float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled and self.config.precision == "bf16")
+
+
+def settle_statistics(network: nn.Module, inputs: Iterator[Tensor], runtime: Runtime) -> None:
+    """Take the statistics of batch norms in `network` anew over `inputs`, averaged over ranks.
+
+    Those that come with the backbone are of other features; running means of a short run still hold them.
+    """
+    update_bn(inputs, network)
+    for buffer in network.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(runtime.gather(buffer[None]).mean(dim=0))

@@ -1,0 +1,112 @@
+"""`dicm predict`: pictures and JSON from images and from streams."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_refused, dicm
+from PIL import Image
+from small_objects import NARROW_DETECTOR, SIZES, rectangle, rectangles, write_objects
+
+from downstream import finetune
+
+
+@pytest.fixture(scope="module")
+def detected(codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of a detector, whose data set is gone."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_objects(folder / "data", {"train": rectangles(8), "val": rectangles(2)})
+    finetune.run(
+        finetune.resolve(
+            "detection",
+            [f"codec={codec_folder}", f"data={data}", f"run={folder / 'run'}", "launcher=local", "precision=fp32",
+             "epochs=1", "batch_size=4", *NARROW_DETECTOR],
+        )
+    )  # fmt: skip
+    shutil.rmtree(data)
+    return folder / "run"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, size in enumerate(SIZES):
+        Image.fromarray(rectangle(number, *size)[0]).save(folder / f"photo{number}.png")
+    return folder
+
+
+def test_predict__images_and_their_streams_say_the_same(
+    detected: Path, codec_folder: Path, photos: Path, tmp_path: Path
+):
+    assert dicm("encode", photos, "-o", tmp_path / "streams", "--codec", codec_folder).returncode == 0
+    for source, out in ((photos, "a"), (tmp_path / "streams", "b")):
+        result = dicm("predict", "detection", detected, source, "-o", tmp_path / out, "--score", "0")
+        assert result.returncode == 0, result.stderr
+        assert "3 files" in result.stdout and "bpp" in result.stdout
+    for number, (width, height) in enumerate(SIZES):
+        one, other = (json.loads((tmp_path / out / f"photo{number}.json").read_text()) for out in "ab")
+        assert (one["height"], one["width"]) == (other["height"], other["width"]) == (height, width)
+        assert one["bytes"] == other["bytes"] == (tmp_path / "streams" / f"photo{number}.dicm").stat().st_size
+        assert one["objects"] == other["objects"] and one["objects"]
+        assert {"class", "label", "score", "box"} == set(one["objects"][0])
+        photo = np.asarray(Image.open(photos / f"photo{number}.png"))
+        for out in "ab":
+            drawn = np.asarray(Image.open(tmp_path / out / f"photo{number}.png"))
+            assert drawn.shape == (height, width, 3)
+        assert not np.array_equal(np.asarray(Image.open(tmp_path / "a" / f"photo{number}.png")), photo)
+
+
+def test_predict__classes_of_images(finetuned: Path, photos: Path, tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 90, (64, 64, 3), dtype=np.uint8)
+    pixels[..., 1] += 150
+    Image.fromarray(pixels).save(tmp_path / "green.png")
+    result = dicm("predict", "classification", finetuned, tmp_path / "green.png", "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "green.json").read_text())
+    assert found["classes"][0]["class"] == "green" and len(found["classes"]) == 3
+    assert sum(item["score"] for item in found["classes"]) == pytest.approx(1)
+
+
+def test_predict__is_refused_in_one_line(detected: Path, codec_folder: Path, photos: Path, tmp_path: Path):
+    def refused(*arguments: str | Path, words: tuple[str, ...]) -> None:
+        assert_refused(dicm("predict", *arguments), *words)
+
+    out = ("-o", tmp_path / "out")
+    photo = photos / "photo0.png"
+    refused("classification", detected, photo, *out, words=("run of detection", "dicm predict detection"))
+    refused("detektion", detected, photo, *out, words=("task=detektion", "detection"))
+    refused("detection", photos, photo, *out, words=("not a run folder",))
+    refused("detection", detected, tmp_path / "none.png", *out, words=("none.png", "no such file"))
+    refused("detection", detected, detected / "checkpoints", *out, words=("no file that ends in",))
+    refused("detection", detected, photo, *out, "--score", "2", words=("--score=2", "0..1"))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    refused("detection", detected, tmp_path / "broken.png", *out, words=("broken.png", "decoded"))
+    (tmp_path / "photo0.dicm").write_bytes(b"no stream")
+    refused("detection", detected, tmp_path / "photo0.dicm", *out, words=("photo0.dicm",))
+    refused("detection", detected, photo, tmp_path / "photo0.dicm", *out, words=("both be written",))
+    assert not (tmp_path / "out").exists()
+
+
+def test_predict__of_several_files_the_broken_one_is_left_out_by_name(detected: Path, photos: Path, tmp_path: Path):
+    (photos / "broken.png").write_bytes(b"no image")
+    result = dicm("predict", "detection", detected, photos, "-o", tmp_path / "out")
+    assert result.returncode == 0 and "3 files" in result.stdout and "broken.png" in result.stdout
+
+
+def test_predict__a_run_on_pixels_takes_images_and_no_streams(
+    codec_folder: Path, colours: Path, photos: Path, tmp_path: Path, options
+):
+    overrides = options(codec_folder, colours, tmp_path / "run", "input=pixels", "anchor=jpeg:30", "epochs=1")
+    finetune.run(finetune.resolve("classification", overrides))
+    result = dicm("predict", "classification", tmp_path / "run", photos / "photo0.png", "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    (tmp_path / "x.dicm").write_bytes(torch.zeros(40, dtype=torch.uint8).numpy().tobytes())
+    assert_refused(
+        dicm("predict", "classification", tmp_path / "run", tmp_path / "x.dicm", "-o", tmp_path / "out"), "input=pixels"
+    )
