@@ -66,7 +66,7 @@ class LatentCodec(ABC):
         """y_hat (1, C, h, w) of a stream with both layers (BitstreamError: damaged; CodecError: has no rest)."""
 
     def split(self, stream: bytes) -> tuple[bytes, bytes]:
-        """Base and rest: the first is what a task needs, both in a row are the stream again."""
+        """Base and rest: with chosen channels, the first is what a task needs; in a row they are the stream again."""
         end = bitstream.describe(stream).base_bytes
         return stream[:end], stream[end:]
 
