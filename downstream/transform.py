@@ -7,7 +7,8 @@ Both begin with one convolution over the latent. Where only some channels were s
 alone, with their part of its weights.
 
 Source: Liu, Sun, Katto 2022, section 2.3 and Fig. 4 (`deconv` after Ballé et al. 2018, `res` after Cheng et al. 2020).
-The figure gives no widths; those here give `res` about twice the multiply-adds of `deconv`, as in Table 2.
+The figure gives no widths; those here give `res` about twice the multiply-adds of `deconv`, as in Table 2, where F is
+that of a ResNet-50.
 """
 
 from __future__ import annotations
