@@ -1,10 +1,12 @@
 """Which channels a task wants, counted over a training set: `dicm select-channels`.
 
 A trained dynamic gate is asked about every training image; the N channels that it chose most often are the static
-choice (Liu, Sun, Katto 2022, section 2.2.3). They are written as JSON, which `gate=static channels=FILE` and
+choice (Liu, Sun, Katto 2022, section 2.2.3). A gate that has made up its mind chooses many channels of every image:
+among equal counts its mean probability decides. They are written as JSON, which `gate=static channels=FILE` and
 `dicm encode --channels FILE` read, and drawn as a bar chart.
 
-    {"channels": [3, 17, ...], "counts": [120, 0, ...], "images": 500, "latents": "bmshj2018-hyperprior"}
+    {"channels": [3, 17, ...], "counts": [120, 0, ...], "probabilities": [0.8, 0.1, ...], "images": 500,
+     "latents": "bmshj2018-hyperprior"}
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,23 +25,42 @@ from downstream.gate import DynamicGate
 from downstream.latents import LatentCodec
 
 
+class Counts(NamedTuple):
+    """What a gate chose over a number of images."""
+
+    counts: list[int]  # of images that chose each channel
+    probabilities: list[float]  # the mean over the images
+    images: int
+
+
 @torch.no_grad()
-def count_choices(gate: DynamicGate, latents: LatentCodec, images: Iterable[Tensor]) -> tuple[list[int], int]:
-    """How often each channel was chosen (C), and of how many images (3, H, W) uint8."""
+def count_choices(gate: DynamicGate, latents: LatentCodec, images: Iterable[Tensor]) -> Counts:
+    """How often each channel of images (3, H, W) uint8 is chosen (TaskError: no image)."""
     gate.eval()
-    counts, number = torch.zeros(gate.channels, dtype=torch.int64), 0
+    device = next(gate.parameters()).device
+    counts, total = torch.zeros(gate.channels, dtype=torch.int64), torch.zeros(gate.channels, dtype=torch.float64)
+    number = 0
     for image in images:
-        counts[gate.choice(latents.latents(image[None])[0])] += 1
+        y_hat = latents.latents(image[None]).to(device)
+        counts[gate.choice(y_hat[0])] += 1
+        total += gate.probabilities(y_hat)[0].double().cpu()
         number += 1
-    return counts.tolist(), number
+    if not number:
+        raise TaskError("channels are counted over images, and there is none")
+    return Counts(counts.tolist(), (total / number).tolist(), number)
 
 
-def most_chosen(counts: Sequence[int], num: int) -> list[int]:
-    """The `num` channels of the highest counts, ascending; of equal ones the lower number (TaskError: too many)."""
-    if not 1 <= num <= len(counts):
-        raise TaskError(f"num={num} must lie in 1..{len(counts)}, the channels of the latent")
-    ranked = sorted(range(len(counts)), key=lambda channel: (-counts[channel], channel))
-    return sorted(ranked[:num])
+def ranking(found: Counts) -> list[int]:
+    """All channels, most often chosen first; of equally often chosen ones the likelier, then the lower number."""
+    keys = [(-count, -likely) for count, likely in zip(found.counts, found.probabilities, strict=True)]
+    return sorted(range(len(keys)), key=lambda channel: (keys[channel], channel))
+
+
+def most_chosen(found: Counts, num: int) -> list[int]:
+    """The first `num` channels of the ranking, ascending (TaskError: more than there are)."""
+    if not 1 <= num <= len(found.counts):
+        raise TaskError(f"num={num} must lie in 1..{len(found.counts)}, the channels of the latent")
+    return sorted(ranking(found)[:num])
 
 
 @torch.no_grad()
@@ -59,9 +81,9 @@ def most_varied(latents: LatentCodec, images: Iterable[Tensor], num: int) -> lis
     return sorted(variance.argsort(descending=True, stable=True)[:num].tolist())
 
 
-def write_choice(path: Path, channels: Sequence[int], counts: Sequence[int], num_images: int, latents: str) -> None:
+def write_choice(path: Path, channels: Sequence[int], found: Counts, latents: str) -> None:
     """Write the choice as JSON, whole or not at all (TaskError where that fails)."""
-    facts = {"channels": list(channels), "counts": list(counts), "images": num_images, "latents": latents}
+    facts = {"channels": list(channels), **found._asdict(), "latents": latents}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,19 +93,19 @@ def write_choice(path: Path, channels: Sequence[int], counts: Sequence[int], num
         raise TaskError(f"{path}: cannot be written ({error.strerror}); name another file") from error
 
 
-def draw_choice(path: Path, channels: Sequence[int], counts: Sequence[int], num_images: int) -> None:
+def draw_choice(path: Path, channels: Sequence[int], found: Counts) -> None:
     """A bar chart of how often each channel was chosen, most often first; the selected ones stand out."""
     from matplotlib.figure import Figure
 
-    ranked = sorted(range(len(counts)), key=lambda channel: (-counts[channel], channel))
+    ranked, counts = ranking(found), found.counts
     colours = ["tab:blue" if channel in set(channels) else "lightgrey" for channel in ranked]
     figure = Figure(figsize=(max(8.0, 0.06 * len(counts)), 3.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.bar(range(len(ranked)), [100 * counts[channel] / max(num_images, 1) for channel in ranked], 0.8, color=colours)
+    axes.bar(range(len(ranked)), [100 * counts[channel] / found.images for channel in ranked], 0.8, color=colours)
     axes.set_xlim(-1, len(ranked))
     axes.set_xlabel("channels of the latent, most often chosen first")
     axes.set_ylabel("images that chose it (%)")
-    axes.set_title(f"{len(channels)} of {len(counts)} channels selected (blue), over {num_images} training images")
+    axes.set_title(f"{len(channels)} of {len(counts)} channels selected (blue), over {found.images} training images")
     try:
         figure.savefig(path, dpi=120)
     except OSError as error:
@@ -112,11 +134,12 @@ def select_channels(run: Path, num: int, out: Path | None = None, chart: Path | 
         )
     gate = opened.load_student().gate
     assert isinstance(gate, DynamicGate)
-    most_chosen([0] * gate.channels, num)  # refuse an impossible number before the work is done
-    counts, num_images = count_choices(gate, opened.latents, opened.training_images())
-    channels = most_chosen(counts, num)
+    if not 1 <= num <= gate.channels:  # before the work is done
+        raise TaskError(f"num={num} must lie in 1..{gate.channels}, the channels of the latent")
+    found = count_choices(gate, opened.latents, opened.training_images())
+    channels = most_chosen(found, num)
     out = out or run / f"channels_{num}.json"
     chart = chart or out.with_suffix(".png")
-    write_choice(out, channels, counts, num_images, opened.config.codec or opened.config.latents)
-    draw_choice(chart, channels, counts, num_images)
+    write_choice(out, channels, found, opened.config.codec or opened.config.latents)
+    draw_choice(chart, channels, found)
     return out, chart

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,13 @@ class CompressAILatents(LatentCodec):
         return pad_to(images.to(self.device).float().div(255), STEP)
 
 
+class Predicted(NamedTuple):
+    """Scales (None: each channel has a table of its own) and means of y, each (N, C, h, w)."""
+
+    scales: Tensor | None
+    means: Tensor
+
+
 class SeparableLatents(CompressAILatents):
     """Latents whose channels are coded each by itself: factorized priors and hyperpriors."""
 
@@ -132,7 +139,7 @@ class SeparableLatents(CompressAILatents):
     def latents(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
             y = self.model.g_a(self._pixels(images))
-            means = self._predict(self._z_symbols(y), y.shape)[1]
+            means = self._predict(self._z_symbols(y), y.shape).means
             return self._symbols(y, means) + means
 
     @torch.no_grad()
@@ -145,10 +152,10 @@ class SeparableLatents(CompressAILatents):
                 carried = list(self._list(channels).chosen)
                 y = self._chosen_of_transform(pixels, carried)
             z_symbols = self._z_symbols(y)
-            indexes, means = self._predict(z_symbols, (1, self.channels, *y.shape[-2:]))
-            symbols = self._symbols(y, means[:, carried])
+            predicted = self._predict(z_symbols, (1, self.channels, *y.shape[-2:]))
+            symbols = self._symbols(y, predicted.means[:, carried])
             if callable(channels):
-                channels = channels((symbols + means)[0])
+                channels = channels((symbols + predicted.means)[0])
         chosen = None if channels is None else self._list(channels)
         groups: list[Any] = [range(self.channels)] if chosen is None else [chosen.chosen, chosen.others]
         layers = []
@@ -156,7 +163,7 @@ class SeparableLatents(CompressAILatents):
             if not group:  # every channel is in the base
                 break
             places = [carried.index(channel) for channel in group]
-            parts = [(self.y_table, symbols[0, places].cpu().int().flatten(), indexes[0, list(group)].flatten())]
+            parts = [(self.y_table, symbols[0, places].cpu().int().flatten(), self._tables(predicted, list(group)))]
             if number == 0 and self.hyper:
                 parts.insert(0, (self.z_table, z_symbols.cpu().int().flatten(), _by_channel(z_symbols).flatten()))
             digest = symbol_digest(torch.cat([part for _, part, _ in parts]))
@@ -195,11 +202,11 @@ class SeparableLatents(CompressAILatents):
         if self.hyper:
             z_symbols = readers[0].read(self.z_table, _by_channel(z_symbols).flatten()).view(z_shape)
         with torch.autocast(self.device.type, enabled=False):
-            indexes, means = self._predict(z_symbols.to(self.device), shape)
+            predicted = self._predict(z_symbols.to(self.device), shape)
         carried: list[int] = []
         found: list[Tensor] = []
         for number, (layer, group, reader) in enumerate(zip(layers, groups, readers, strict=False)):
-            symbols = reader.read(self.y_table, indexes[0, list(group)].flatten())
+            symbols = reader.read(self.y_table, self._tables(predicted, list(group)))
             if symbol_digest(symbols if number or not self.hyper else torch.cat([z_symbols.flatten(), symbols])) != (
                 layer.digest
             ):
@@ -209,7 +216,7 @@ class SeparableLatents(CompressAILatents):
                 )
             carried += group
             found.append(symbols.view(len(group), *shape[2:]))
-        return info, carried, torch.cat(found)[None].to(self.device) + means[:, carried]
+        return info, carried, torch.cat(found)[None].to(self.device) + predicted.means[:, carried]
 
     def _list(self, channels: Any) -> ChannelList:
         return ChannelList(tuple(sorted(channels)), self.channels)
@@ -228,15 +235,24 @@ class SeparableLatents(CompressAILatents):
         z = self.model.h_a(y if isinstance(self.model, MeanScaleHyperprior) else y.abs())
         return (z - self._medians()).round()
 
-    def _predict(self, z_symbols: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Tables (int32, CPU) and means of y (N, C, h, w), as CompressAI's `decompress` finds them."""
+    def _predict(self, z_symbols: Tensor, shape: tuple[int, ...]) -> Predicted:
+        """What z says of y (N, C, h, w), as CompressAI's `decompress` finds it."""
         if not self.hyper:
-            return _by_channel(torch.empty(shape)), self._medians().expand(shape)
+            return Predicted(None, self._medians().expand(shape))
         parameters = self.model.h_s(z_symbols + self._medians())
-        scales, means = parameters, torch.zeros_like(parameters)
         if isinstance(self.model, MeanScaleHyperprior):
-            scales, means = parameters.chunk(2, 1)
-        return self.model.gaussian_conditional.build_indexes(scales).int().cpu(), means
+            return Predicted(*parameters.chunk(2, 1))
+        return Predicted(parameters, torch.zeros_like(parameters))
+
+    def _tables(self, predicted: Predicted, channels: list[int]) -> Tensor:
+        """The table (flat int32, CPU) of each symbol of `channels` of one image: those of `build_indexes`."""
+        if predicted.scales is None:
+            places = predicted.means[0, 0].numel()
+            return torch.tensor(channels, dtype=torch.int32).repeat_interleave(places)
+        # CompressAI compares all scales with each of 63 bounds; a search gives the same, and only where it is needed.
+        gaussian = self.model.gaussian_conditional
+        scales = gaussian.lower_bound_scale(predicted.scales[0, channels])
+        return torch.bucketize(scales, gaussian.scale_table[:-1], out_int32=True).flatten().cpu()
 
     def _medians(self) -> Tensor:
         """(1, channels of the bottleneck, 1, 1)."""

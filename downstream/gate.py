@@ -46,7 +46,7 @@ class DynamicGate(nn.Module):
         In training mode a sample, with the gradient of its probability (straight through); in eval mode the likelier.
         """
         with torch.autocast(y_hat.device.type, enabled=False):
-            logits = self.score(y_hat.float()).flatten(1).unflatten(1, (2, self.channels))
+            logits = self._logits(y_hat)
             drawn = F.gumbel_softmax(logits, tau=1.0, dim=1) if self.training else logits.softmax(dim=1)
             soft = drawn[:, 1]
             best = F.one_hot(soft.argmax(dim=1), self.channels).bool()
@@ -57,6 +57,15 @@ class DynamicGate(nn.Module):
     def forward(self, y_hat: Tensor) -> Tensor:
         """y_hat with the channels that are not chosen at zero."""
         return y_hat * self.choose(y_hat)[..., None, None].to(y_hat.dtype)
+
+    @torch.no_grad()
+    def probabilities(self, y_hat: Tensor) -> Tensor:
+        """(N, C): how likely each channel is to be chosen."""
+        return self._logits(y_hat).softmax(dim=1)[:, 1]
+
+    def _logits(self, y_hat: Tensor) -> Tensor:
+        """(N, 2, C): not chosen, chosen (Liu, section 2.2.2)."""
+        return self.score(y_hat.float()).flatten(1).unflatten(1, (2, self.channels))
 
     @torch.no_grad()
     def choice(self, y_hat: Tensor) -> list[int]:

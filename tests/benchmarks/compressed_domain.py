@@ -1,15 +1,15 @@
 """Segmentation of latents beside segmentation of decoded pixels: Liu's Tables 2 and 3, in one run.
 
-    python tests/benchmarks/compressed_domain.py [--image FILE] [--size 512 1024] [--transform deconv|res] [--repeat 3]
+    python tests/benchmarks/compressed_domain.py [--image FILE] [--size 512 1024] [--transform deconv|res] [--repeat 7]
         [--threads 2] [--backbone resnet50] [--json FILE]
 
 Latents of bmshj2018-hyperprior (quality 4, random weights scaled so that y has a deviation of one symbol and a half: times
 depend on how many symbols there are and hardly on their values), batch 1. Encode is from pixels to bytes, decode + task from
 bytes to the class of each pixel, both with the same coder. A row of chosen channels sends and computes with these alone.
 
-Rows take turns, so that whatever else the machine does meets all of them; figures are medians. What follows the input of
-layer2 is the same work in every row and takes most of the time: its median is taken over all rows. Below the table: where
-the time goes, the aims, and the transforms' multiply-adds.
+Rows take turns, so that whatever else the machine does meets all of them; figures are medians. What is the same work in
+every row (g_a, h_a and h_s of the encoder; all that follows the input of layer2) counts with its median over all rows.
+Below the table: where the time goes, the aims, and the transforms' multiply-adds.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Row:
         gate = create_gate("none" if name == NO_GATE else kind, latents.channels, chosen)
         self.network = SegmentationNetwork(gate, transform, teacher).to(latents.device).eval().requires_grad_(False)
 
-    def run(self, image: Tensor) -> Tensor:
-        """Classes (1, H, W) by way of a stream; notes the time of each part."""
+    def run(self, image: Tensor, tail_too: bool) -> None:
+        """Pixels to the input of layer2, or to classes, by way of a stream; notes the time of each part."""
         height, width = image.shape[-2:]
         choice = None if self.name == PIXEL else self.network.gate.choice
         model = self.latents.model
@@ -143,7 +143,8 @@ class Row:
             channels = received.channels if self.network.gate.num_inputs == self.latents.channels else None
             features = self.clock("transform", lambda: self.network.transform(received.latents, channels))
             self.num_channels, tail = received.latents.shape[1], self.network.tail
-        return self.clock(TAIL, lambda: enlarge(tail(features), height, width).argmax(dim=1))
+        if tail_too:
+            self.clock(TAIL, lambda: enlarge(tail(features), height, width).argmax(dim=1))
 
     def seconds(self, *parts: str) -> float:
         """Median of the time of `parts` together."""
@@ -164,13 +165,18 @@ def multiply_adds(kind: str, channels: int, out_channels: int, height: int, widt
 
 
 def measure(rows: Sequence[Row], image: Tensor, repeat: int) -> None:
-    """`repeat` rounds over all rows after one that warms up."""
+    """`repeat` rounds over all rows after one that warms up; in each, another row goes on to the classes."""
     with torch.inference_mode():
         for number in range(repeat + 1):
-            for row in rows:
-                row.run(image)
+            for place, row in enumerate(rows):
+                row.run(image, tail_too=number == 0 or number % len(rows) == place)
                 if number == 0:
                     row.clock.seconds.clear()
+
+
+def pooled(rows: Sequence[Row], part: str) -> float:
+    """Median over all rows of a part that is the same work in each."""
+    return statistics.median(seconds for row in rows for seconds in row.clock.seconds[part])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("H", "W"), help="multiples of 64")
     parser.add_argument("--transform", choices=TRANSFORMS, default="deconv")
     parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
@@ -202,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [Row(name, latents, teacher, options.transform) for name in ROWS]
     measure(rows, image, options.repeat)
 
-    tail = statistics.median(seconds for row in rows for seconds in row.clock.seconds[TAIL])
+    tail = pooled(rows, TAIL)
+    networks = {part: pooled(rows, part) for part in ("encode: g_a", "encode: h_a", "encode: h_s")}
     pixel_features = rows[0].seconds(*rows[0].before_layer2)
     figures: dict[str, dict[str, float]] = {}
     table = Table(
@@ -210,12 +217,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for row in rows:
         features = row.seconds(*row.before_layer2)
-        encode = row.seconds("encode")
+        own = [part for part in ("encode: gate", "encode: other") if part in row.clock.seconds]
+        encode = sum(networks.values()) + row.seconds(*own)
         figures[row.name] = {
             "encode": encode, "decode_and_task": features + tail, "sum": encode + features + tail,
             "to_layer2": features, "to_layer2_over_pixels": features / pixel_features,
             "channels": row.num_channels, "bytes": row.num_bytes,
-            **{part: row.seconds(part) for part in row.clock.seconds if part not in ("encode", TAIL)},
+            **{part: row.seconds(part) for part in row.clock.seconds if part not in ("encode", TAIL)}, **networks,
         }  # fmt: skip
         table.add_row(
             row.name, f"{encode:.3f}", f"{features + tail:.3f}", f"{encode + features + tail:.3f}", f"{features:.3f}",
@@ -224,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     CONSOLE.print(f"{height} x {width}, {options.transform}, {options.backbone}, {device}, medians of {options.repeat}")
     CONSOLE.print(table)
 
-    CONSOLE.print(f"where the time goes (s); other is coding and copying; {TAIL} take {tail:.3f} in every row:")
+    CONSOLE.print(f"where the time goes (s); other is coding and copying; {TAIL}: {tail:.3f} in every row")
     for row in rows:
         parts = [
             part for part in row.clock.seconds if part not in ("encode", "bytes to pixels", "bytes to latents", TAIL)

@@ -9,7 +9,7 @@ from conftest import assert_refused, dicm
 from small_codecs import create_codec, random_images
 from torchvision.io import decode_image
 
-from downstream.channels import count_choices, most_chosen, most_varied, write_choice
+from downstream.channels import Counts, count_choices, most_chosen, most_varied, write_choice
 from downstream.errors import TaskError
 from downstream.gate import DynamicGate
 from downstream.latents import FeatureLatents
@@ -25,21 +25,25 @@ def latents() -> FeatureLatents:
 def test_count_choices__counts_the_streams_that_would_carry_a_channel(latents: FeatureLatents):
     torch.manual_seed(0)
     gate, images = DynamicGate(32).train(), random_images(5, 64, 64)
-    counts, number = count_choices(gate, latents, images)
+    found = count_choices(gate, latents, images)
     carried = torch.zeros(32)
     for image in images:
         channels = latents.codec.describe(latents.encode(image, gate.choice)).channels
         assert channels is not None
         carried[list(channels.chosen)] += 1
-    assert number == 5 and counts == carried.tolist()
+    assert found.images == 5 and found.counts == carried.tolist()
+    y_hat = torch.cat([latents.latents(image[None]) for image in images])
+    assert found.probabilities == pytest.approx(gate.probabilities(y_hat).mean(0).tolist(), abs=1e-5)
+    with pytest.raises(TaskError, match="none"):
+        count_choices(gate, latents, [])
 
 
-def test_most_chosen__are_the_highest_counts_and_among_equals_the_first():
-    assert most_chosen([3, 9, 0, 9, 3], 3) == [0, 1, 3]
-    assert most_chosen([1, 1, 1], 2) == [0, 1]
+def test_most_chosen__are_the_highest_counts_and_among_equals_the_likelier():
+    assert most_chosen(Counts([3, 9, 0, 9, 3], [0.5, 0.9, 0.1, 0.9, 0.6], 9), 3) == [1, 3, 4]
+    assert most_chosen(Counts([1, 1, 1], [0.5] * 3, 1), 2) == [0, 1]
     for num in (0, 4):
         with pytest.raises(TaskError, match=r"1\.\.3"):
-            most_chosen([1, 1, 1], num)
+            most_chosen(Counts([1, 1, 1], [0.5] * 3, 1), num)
 
 
 def test_most_varied__is_the_variance_over_all_places_of_all_images(latents: FeatureLatents):
@@ -54,7 +58,7 @@ def test_most_varied__is_the_variance_over_all_places_of_all_images(latents: Fea
 def test_write_choice__a_place_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TaskError, match="cannot be written"):
-        write_choice(tmp_path / "file" / "c.json", [1], [0, 1], 1, "codec")
+        write_choice(tmp_path / "file" / "c.json", [1], Counts([0, 1], [0.1, 0.9], 1), "codec")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,8 @@ def test_select_channels__writes_counts_and_a_chart_that_gate_static_reads(train
     result = dicm("select-channels", trained / "run", "--num", "6")
     assert result.returncode == 0, result.stderr
     facts = json.loads((trained / "run" / "channels_6.json").read_text())
-    assert facts["channels"] == most_chosen(facts["counts"], 6)
+    found = Counts(facts["counts"], facts["probabilities"], facts["images"])
+    assert facts["channels"] == most_chosen(found, 6)
     assert facts["images"] == 8 and len(facts["counts"]) == 32 and max(facts["counts"]) <= 8
     assert decode_image(str(trained / "run" / "channels_6.png")).shape[1] > 200
     config = SegmentationConfig(

@@ -9,7 +9,7 @@ from compressai.zoo import image_models
 from safetensors.torch import save_file
 from small_codecs import random_images
 
-from downstream.compressai_latents import CompressAILatents, create_latents, load_model
+from downstream.compressai_latents import CompressAILatents, Predicted, SeparableLatents, create_latents, load_model
 from downstream.errors import TaskError
 from pretrain.codec import bitstream
 from pretrain.codec.backbone import pad_to
@@ -93,6 +93,22 @@ def test_encode__the_choice_may_depend_on_the_image(latents: CompressAILatents):
     assert list(received.channels or ()) == sorted(busiest(latents.latents(image[None])[0]))
     # Without a hyperprior, channels known beforehand are computed alone, in sums of another order.
     assert torch.allclose(received.latents, latents.receive(latents.encode(image, received.channels)).latents, atol=1)
+
+
+def test_encode__takes_the_tables_that_the_model_itself_takes():
+    """Also at the bounds between two tables, and beyond the first and the last."""
+    latents = create_latents(lively("bmshj2018-hyperprior"), CPU)
+    assert isinstance(latents, SeparableLatents)
+    gaussian = latents.model.gaussian_conditional
+    table = gaussian.scale_table
+    scales = torch.cat([table, table.nextafter(torch.tensor(0.0)), table.nextafter(torch.tensor(1e9)), -table])
+    predicted = Predicted(scales.view(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+    assert torch.equal(
+        latents._tables(predicted, [1, 3]).view(2, 8, 8), gaussian.build_indexes(predicted.scales)[0, 1::2]
+    )
+    assert torch.equal(
+        latents._tables(predicted, [0, 2]).view(2, 8, 8), gaussian.build_indexes(predicted.scales)[0, ::2]
+    )
 
 
 def test_decode__damage_is_an_error(latents: CompressAILatents):
