@@ -234,10 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     CONSOLE.print(f"where the time goes (s); other is coding and copying; {TAIL}: {tail:.3f} in every row")
     for row in rows:
-        parts = [
-            part for part in row.clock.seconds if part not in ("encode", "bytes to pixels", "bytes to latents", TAIL)
-        ]
-        shown = ", ".join(f"{part.replace('bytes to ', '')} {row.seconds(part):.3f}" for part in parts)
+        parts = [part for part in figures[row.name] if ":" in part or part in ("stem, layer1", "transform")]
+        shown = ", ".join(f"{part.replace('bytes to ', '')} {figures[row.name][part]:.3f}" for part in parts)
         CONSOLE.print(f"  {row.name:<12} {shown}", highlight=False, soft_wrap=True)
 
     ratio = figures["static 16"]["to_layer2_over_pixels"]

@@ -1,13 +1,14 @@
 """Semantic segmentation of latents: does training work, and does it beat what needs none?
 
     python tests/benchmarks/segmentation.py --data CAMVID --codec CODEC --out runs/segmentation [--epochs 10]
-        [--short-side 120] [--only teacher|codec|hyperprior|static|overfit ...] [--json FILE]
+        [--short-side 120] [--only layers|codec|hyperprior|static|overfit ...] [--json FILE]
 
 For y2 of the codec and for y of a bmshj2018-hyperprior with random weights (which keep the image, as its latents are wide):
 a student with a dynamic gate is trained beside a teacher on raw images. Printed: the loss of the first and last epoch,
 mIoU on the validation split from real streams, bits, channels; the same of the network before training, and of the most
 frequent class everywhere. `static` trains on the 16 channels that the codec's dynamic gate chose most often. `overfit` trains
 on eight images alone and compares with what logits at an eighth of the resolution can say: the true masks reduced to it.
+`layers` codes every fourth validation image at its own size in two layers and in one, and checks that both give the same latent.
 
 A short training on small images shows that all parts learn together, not what mIoU the method reaches.
 """
@@ -30,11 +31,12 @@ from safetensors.torch import save_file
 
 from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
 from downstream.channels import select_channels
+from downstream.latents import LatentCodec
 from downstream.tasks.masked_images import IGNORE, MaskedImages
 from downstream.tasks.segmentation_run import SegmentationRun
-from downstream.tasks.semantic_segmentation import SegmentationConfig, SegmentationMetric
+from downstream.tasks.semantic_segmentation import SegmentationConfig, SegmentationMetric, create_latent_codec
 
-PARTS = ("teacher", "codec", "hyperprior", "static", "overfit")
+PARTS = ("layers", "codec", "hyperprior", "static", "overfit")
 HYPERPRIOR = "bmshj2018-hyperprior"
 CONSOLE = Console(width=120)
 
@@ -94,6 +96,33 @@ def trained(config: SegmentationConfig) -> dict[str, Any]:
     return results
 
 
+def layer_sizes(latents: LatentCodec, images: Sequence[torch.Tensor]) -> dict[str, dict[str, float]]:
+    """Mean bytes of the base, of both layers and of one, and the last two's ratio, by the number of channels in base."""
+    streams = [latents.encode(image) for image in images]
+    whole = [latents.decode(stream) for stream in streams]
+    sizes: dict[str, dict[str, float]] = {}
+    for count in (16, 64):
+        chosen, base, both = list(range(0, latents.channels, latents.channels // count))[:count], 0, 0
+        for image, y_hat in zip(images, whole, strict=True):
+            layered = latents.encode(image, chosen, rest=True)
+            assert torch.equal(latents.decode(layered), y_hat)
+            base, both = base + len(latents.split(layered)[0]), both + len(layered)
+        single = sum(map(len, streams))
+        means = {"base": base / len(images), "both": both / len(images), "single": single / len(images)}
+        sizes[str(count)] = {**means, "over": both / single}
+    return sizes
+
+
+def print_layers(figures: dict[str, Any]) -> None:
+    """What two layers cost."""
+    table = Table("latents", "channels in base", "base, bytes", "base + rest", "one layer", "over")
+    for name, sizes in figures.items():
+        for count, row in sizes.items():
+            cells = [f"{row[key]:.0f}" for key in ("base", "both", "single")]
+            table.add_row(name, count, *cells, f"{100 * (row['over'] - 1):+.2f} %")
+    CONSOLE.print(table)
+
+
 def log(stage: str, epoch: int, loss: float) -> None:
     """One line an epoch."""
     CONSOLE.print(f"  {stage} epoch {epoch}: loss {loss:.4f}", highlight=False)
@@ -122,16 +151,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         height=height, width=width, short_side=options.short_side, scale_min=0.75, scale_max=1.5,
         epochs=options.epochs, teacher_epochs=options.epochs, batch_size=4,
     )  # fmt: skip
+    weights = random_weights(options.out / "hyperprior.safetensors", torch.stack([whole[i][0] for i in range(4)]))
+    theirs = {"codec": None, "latents": HYPERPRIOR, "weights": str(weights), "start": "random"}
+    figures: dict[str, dict[str, Any]] = {}
+    if "layers" in options.only:
+        val = MaskedImages(options.data, "val")
+        images = [val[index][0] for index in range(0, len(val), 4)]
+        sources = {"codec": base, HYPERPRIOR: replace(base, **theirs)}
+        device = torch.device("cpu")
+        layers = {name: layer_sizes(create_latent_codec(one, device), images) for name, one in sources.items()}
+        print_layers(layers)
+        if options.json:
+            options.json.write_text(json.dumps({"layers": layers}, indent=2) + "\n")
+    if set(options.only) == {"layers"}:
+        return
     base.teacher = str(options.out / "teacher" / "teacher.pt")
     if not Path(base.teacher).is_file():
         Path(base.run).mkdir(parents=True, exist_ok=True)
         SegmentationRun(replace(base, teacher=None)).teacher(log)
-    figures: dict[str, dict[str, Any]] = {}
     if "codec" in options.only:
         figures["codec"] = trained(replace(base, run=str(options.out / "codec")))
     if "hyperprior" in options.only:
-        weights = random_weights(options.out / "hyperprior.safetensors", torch.stack([whole[i][0] for i in range(4)]))
-        theirs = {"codec": None, "latents": HYPERPRIOR, "weights": str(weights), "start": "random"}
         figures["hyperprior"] = trained(replace(base, run=str(options.out / "hyperprior"), **theirs))
     if "static" in options.only:
         chosen, chart = select_channels(options.out / "codec", 16)
@@ -157,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # fmt: skip
     CONSOLE.print(table)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        found = {"layers": layers} if "layers" in options.only else {}
+        facts = {**found, "training": figures}
+        options.json.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":
