@@ -1,4 +1,4 @@
-"""Commands of the tasks: `dicm finetune`, `evaluate`, `predict`, `report`, `demo`."""
+"""Commands of the tasks: `dicm finetune`, `evaluate`, `predict`, `select-channels`, `report`, `demo`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,25 @@ def report(
 
     report_of_runs(runs, out, pretraining)
     console.print(f"wrote {out}")
+
+
+@app.command("select-channels")
+def select_channels(
+    run: Annotated[Path, typer.Argument(help="Run folder of semantic segmentation with gate=dynamic.")],
+    num: Annotated[int, typer.Option(help="How many channels to keep.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="JSON file to write; default RUN/channels_NUM.json.")
+    ] = None,
+    chart: Annotated[Path | None, typer.Option(help="Bar chart to write, PNG; default beside the JSON file.")] = None,
+) -> None:
+    """Choose the channels of the latent that a run's gate chose most often over its training set.
+
+    Example: dicm select-channels runs/dynamic --num 32
+    """
+    from downstream.channels import select_channels as select
+
+    written, drawn = select(run, num, out, chart)
+    console.print(f"wrote {written} and {drawn}; next: gate=static channels={written}", soft_wrap=True)
 
 
 @app.command()

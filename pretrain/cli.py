@@ -65,6 +65,9 @@ def encode(
     max_bytes: Annotated[int | None, typer.Option(help="Most bytes that a stream may have.")] = None,
     tile: Annotated[int | None, typer.Option(help=TILE_HELP)] = None,
     precision: Annotated[str, typer.Option(help=PRECISION_HELP)] = "fp32",
+    channels: Annotated[
+        Path | None, typer.Option(help="JSON file of the channels that the base layer holds: `dicm select-channels`.")
+    ] = None,
 ) -> None:
     """Encode images to bitstreams, NAME.dicm.
 
@@ -72,7 +75,7 @@ def encode(
     """
     from pretrain.coding import encode_files
 
-    result = encode_files(codec, images, out, console, rate, max_bytes, tile, precision)
+    result = encode_files(codec, images, out, console, rate, max_bytes, tile, precision, channels)
     console.print(
         f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp, "
         f"{result.images_per_second:.2f} images/s"

@@ -10,6 +10,7 @@ disks, is overlapped with it. Every file appears under its name whole or not at 
 from __future__ import annotations
 
 import io
+import json
 import os
 import time
 from collections import deque
@@ -74,6 +75,26 @@ def read_image(path: Path) -> Tensor:
         raise CodecError(f"{path}: not an image that can be decoded ({str(error).splitlines()[0]})") from error
 
 
+def read_channels(path: Path) -> list[int]:
+    """Channels of y2 that a JSON file names: {"channels": [...]}, as `dicm select-channels` writes it, or a list.
+
+    Raises:
+        ConfigError: no such file, or none that names channels.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a file of channels ({error}); `dicm select-channels` writes one") from error
+    channels = found.get("channels") if isinstance(found, dict) else found
+    if not isinstance(channels, list) or not channels or not all(type(channel) is int for channel in channels):
+        raise ConfigError(
+            f'{path}: names no channels; write {{"channels": [0, 3, ...]}}, as `dicm select-channels` does'
+        )
+    if len(set(channels)) < len(channels) or min(channels) < 0:
+        raise ConfigError(f"{path}: channels must be numbers from 0, each once")
+    return sorted(channels)
+
+
 def encode_files(
     codec: str,
     sources: list[Path],
@@ -83,6 +104,7 @@ def encode_files(
     max_bytes: int | None = None,
     tile: int | None = None,
     precision: str = "fp32",
+    channels: Path | None = None,
 ) -> Encoded:
     """Encode every image of `sources` to `out`/NAME.dicm; of several images, those that fail are left out by name.
 
@@ -93,12 +115,15 @@ def encode_files(
         console: for the progress bar.
         rate, max_bytes, tile: passed on to `FeatureCodec.encode` where given.
         precision: of the networks, fp32 or bf16.
+        channels: file that names the channels of the `base` layer (`read_channels`); the codec's own where None.
 
     Raises:
-        ConfigError: `rate`, `max_bytes`, `tile` or `precision` out of range.
+        ConfigError: `rate`, `max_bytes`, `tile` or `precision` out of range; a file that names no channels.
         CodecError: no image found, two images of one name, the only image fails, `out` cannot be written.
     """
     limits = _limits(rate, max_bytes, tile)
+    if channels is not None:
+        limits["channels"] = read_channels(channels)
     _check_precision(precision)
     files = _targets(sources, IMAGE_SUFFIXES, out, STREAM_SUFFIX)
     _check_writable(out)

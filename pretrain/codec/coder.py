@@ -13,14 +13,14 @@ care: a reader adds its own, and features move by as little as they do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.codec import bitstream
-from pretrain.codec.bitstream import Layer, symbol_digest
+from pretrain.codec.bitstream import ChannelList, Layer, StreamInfo, symbol_digest
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.context import CheckerboardContext, anchor_mask
 from pretrain.codec.entropy import (
@@ -40,6 +40,9 @@ from pretrain.errors import BitstreamError, CodecError
 Z_STRIDE = 64
 # Tokens of y2 that h_s predicts at once; bounds its memory, which float64 doubles.
 CHUNK_TOKENS = 1 << 14
+# Channels for `base`: their numbers, or what names them for an image's y2_hat (C, H/16, W/16).
+Choice = Sequence[int] | Callable[[Tensor], Sequence[int]]
+Group = slice | Tensor
 
 
 class Prediction(NamedTuple):
@@ -73,23 +76,41 @@ class StreamCoder:
     ):
         self.tables, self.fingerprint, self.guard = tables, fingerprint, config.guard
         self.z_channels = config.z_channels
-        base, latent_channels = config.base_channels or config.latent_channels, config.latent_channels
-        self.groups = [slice(0, base), slice(base, latent_channels)][: 1 if base == latent_channels else 2]
+        self.latent_channels = config.latent_channels
+        base = config.base_channels or config.latent_channels
+        self.groups: list[Group] = [slice(0, base), slice(base, self.latent_channels)]
+        if base == self.latent_channels:
+            del self.groups[1]
         with torch.inference_mode(False), torch.no_grad():
             self.h_s = copy.deepcopy(h_s).double().eval().requires_grad_(False)
             self.context = None if context is None else copy.deepcopy(context).double().eval().requires_grad_(False)
             self.gains = None if gains is None else tuple(copy.deepcopy(gain).double() for gain in gains)
             self.medians = entropy.z.quantiles[:, 0, 1].detach().double().clone().view(-1, 1, 1)
 
-    def encode(self, z: Tensor, y2: Tensor, height: int, width: int, rate: int | None = None) -> list[bytes]:
+    def encode(
+        self,
+        z: Tensor,
+        y2: Tensor,
+        height: int,
+        width: int,
+        rate: int | None = None,
+        channels: Choice | None = None,
+        rest: bool = True,
+    ) -> list[bytes]:
         """Streams of images of height x width pixels, of their z (N, ...) and y2 (N, ...).
 
         Args:
             rate: 0..255, the step of the range of rates; None for a codec of one rate.
+            channels: of y2, for `base`; None: the codec's own.
+            rest: code the other channels of such a list, too.
 
         Raises:
-            CodecError: latents that are not finite, or beyond what the coder counts.
+            CodecError: latents that are not finite, or beyond what the coder counts; impossible channels.
         """
+        if channels is not None and self.context is not None:
+            raise CodecError(
+                "channels: this codec has a context model, which reads all of them; its streams have one layer"
+            )
         rates = [rate] * len(z)
         z_gain, y2_gain = self._gains(rates)
         y2 = y2.double()
@@ -99,8 +120,25 @@ class StreamCoder:
         if self.context is not None:
             predicted = self._second_pass(y2_symbols, predicted, y2_gain)
             y2_symbols = _symbols((y2 - predicted.means) * y2_gain)
-        images = zip(z_symbols.cpu(), y2_symbols.cpu(), predicted.indexes.cpu(), predicted.close.cpu(), strict=True)
-        return [bitstream.pack(self.fingerprint, height, width, self._layers(*image), rate) for image in images]
+        lists: list[ChannelList | None] = [None] * len(z)
+        if channels is not None:
+            y2_hat = (y2_symbols / y2_gain + predicted.means).float()
+            lists = [
+                ChannelList(tuple(sorted(channels(image) if callable(channels) else channels)), self.latent_channels)
+                for image in y2_hat
+            ]
+        parts = (z_symbols.cpu(), y2_symbols.cpu(), predicted.indexes.cpu(), predicted.close.cpu())
+        streams = []
+        for chosen, *image in zip(lists, *parts, strict=True):
+            groups = self._groups(chosen)[: None if rest or chosen is None else 1]
+            streams.append(bitstream.pack(self.fingerprint, height, width, self._layers(groups, *image), rate, chosen))
+        return streams
+
+    def _groups(self, channels: ChannelList | None) -> list[Group]:
+        """Channels of each layer, by the stream's list or the codec's configuration."""
+        if channels is None:
+            return self.groups
+        return [torch.tensor(group) for group in (channels.chosen, channels.others) if group]
 
     def decode(self, streams: Sequence[bytes], last_layer: str | None = None) -> tuple[Tensor, int, int]:
         """y2_hat (N, latent_channels, ...) float32, height and width, of streams of images of one size.
@@ -111,11 +149,16 @@ class StreamCoder:
             BitstreamError: damaged, of another codec or of a newer version.
             CodecError: no stream, streams of several sizes, or no such layer.
         """
-        height, width, rates, images = self._unpack(streams, last_layer)
+        infos, images = self._unpack(streams, last_layer)
+        height, width, rates = infos[0].height, infos[0].width, [info.rate for info in infos]
+        groups = [self._groups(info.channels) for info in infos]
         z_shape = (self.z_channels, -(-height // Z_STRIDE), -(-width // Z_STRIDE))
         z_indexes = self._z_indexes(torch.empty(z_shape))
-        num_base = z_indexes.numel() + 16 * z_shape[1] * z_shape[2] * self.groups[0].stop
-        readers = [SymbolDecoder(layers[0].payload, num_base) for layers in images]
+        channels, places = torch.arange(self.latent_channels), 16 * z_shape[1] * z_shape[2]
+        readers = [
+            SymbolDecoder(layers[0].payload, z_indexes.numel() + places * len(channels[first]))
+            for layers, (first, *_) in zip(images, groups, strict=True)
+        ]
         z_symbols = torch.stack([reader.read(self.tables.z, z_indexes) for reader in readers])
         # What lies outside belongs to a forged stream, and its digest will not fit.
         z_bounded = z_symbols.view(-1, *z_shape).clamp(-MAX_SYMBOL, MAX_SYMBOL)
@@ -123,10 +166,8 @@ class StreamCoder:
         y2_symbols = torch.zeros(predicted.means.shape, dtype=torch.int32)
         if self.context is None:
             indexes = predicted.indexes.cpu()
-            for image, reader, z_one, indexes_one, y2_one in zip(
-                images, readers, z_symbols, indexes, y2_symbols, strict=True
-            ):
-                self._read_layers(image, reader, z_one, indexes_one, y2_one)
+            for image in zip(images, groups, readers, z_symbols, indexes, y2_symbols, strict=True):
+                self._read_layers(*image)
         else:
             predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols)
         y2_hat = y2_symbols.to(predicted.means.device) / y2_gain + predicted.means
@@ -187,34 +228,50 @@ class StreamCoder:
         z_gain, y2_gain = (gain(position) for gain in self.gains)
         return z_gain, y2_gain
 
-    def _unpack(
-        self, streams: Sequence[bytes], last_layer: str | None
-    ) -> tuple[int, int, list[int | None], list[list[Layer]]]:
-        """Height and width of the images, their rates, and the layers of each up to `last_layer`, checked."""
-        names = bitstream.LAYER_NAMES[: len(self.groups)]
+    def _unpack(self, streams: Sequence[bytes], last_layer: str | None) -> tuple[list[StreamInfo], list[list[Layer]]]:
+        """What the headers say, of images of one size, and the layers of each up to `last_layer`, checked."""
         if last_layer is not None and self.context is not None:
             raise CodecError(
                 f"last_layer={last_layer}: this codec has a context model, so its streams have no layers to stop at"
             )
-        if last_layer is not None and last_layer not in names:
-            raise CodecError(f"last_layer={last_layer} is no layer of this codec, which writes {', '.join(names)}")
-        wanted = None if last_layer is None else names.index(last_layer) + 1
+        for stream in streams if last_layer is not None else ():
+            names = self._names(bitstream.describe(stream))
+            if last_layer not in names:
+                raise CodecError(f"last_layer={last_layer} is no layer of this stream, which has {', '.join(names)}")
+        wanted = None if last_layer is None else bitstream.LAYER_NAMES.index(last_layer) + 1
         unpacked = [bitstream.unpack(stream, self.fingerprint, wanted) for stream in streams]
         sizes = {(info.height, info.width) for info, _ in unpacked}
         if len(sizes) != 1:
             raise CodecError(f"{len(streams)} streams of {len(sizes)} image sizes; decode sizes one by one")
         for info, _ in unpacked:
-            if tuple(info.layers) != names:
+            if tuple(info.layers) != (names := self._names(info)):
                 raise BitstreamError(f"stream has layers {list(info.layers)}, this codec writes {list(names)}")
             if (info.rate is None) != (self.gains is None):
                 raise BitstreamError("stream is damaged: whether it names a rate does not fit its codec")
-        return *sizes.pop(), [info.rate for info, _ in unpacked], [layers for _, layers in unpacked]
+        return [info for info, _ in unpacked], [layers for _, layers in unpacked]
+
+    def _names(self, info: StreamInfo) -> tuple[str, ...]:
+        """The layers that a stream of this codec with such a header has."""
+        if info.channels is None:
+            return bitstream.LAYER_NAMES[: len(self.groups)]
+        if self.context is not None or info.channels.total != self.latent_channels:
+            raise BitstreamError(
+                f"stream is damaged: it lists channels of {info.channels.total}, this codec has "
+                f"{self.latent_channels}{', which its context model keeps together' if self.context else ''}"
+            )
+        return bitstream.LAYER_NAMES[: min(len(info.layers), len(self._groups(info.channels)))]
 
     def _read_layers(
-        self, layers: Sequence[Layer], reader: SymbolDecoder, z_symbols: Tensor, indexes: Tensor, y2_symbols: Tensor
+        self,
+        layers: Sequence[Layer],
+        groups: Sequence[Group],
+        reader: SymbolDecoder,
+        z_symbols: Tensor,
+        indexes: Tensor,
+        y2_symbols: Tensor,
     ) -> None:
         """Fill the groups of y2_symbols (C, H, W) that were sent; z's were read from the first layer already."""
-        for number, (layer, channels) in enumerate(zip(layers, self.groups, strict=False)):
+        for number, (layer, channels) in enumerate(zip(layers, groups, strict=False)):
             chosen = guarded(indexes[channels].flatten(), layer)
             if number:
                 reader = SymbolDecoder(layer.payload, chosen.numel())
@@ -249,9 +306,11 @@ class StreamCoder:
             _check_digest(0, layer, torch.cat(symbols))
         return predicted
 
-    def _layers(self, z_symbols: Tensor, y2_symbols: Tensor, indexes: Tensor, close: Tensor) -> list[Layer]:
+    def _layers(
+        self, groups: Sequence[Group], z_symbols: Tensor, y2_symbols: Tensor, indexes: Tensor, close: Tensor
+    ) -> list[Layer]:
         layers = []
-        for number, channels in enumerate(self.groups):
+        for number, channels in enumerate(groups):
             symbols, chosen = y2_symbols[channels], indexes[channels]
             if self.context is None:
                 parts = [(self.tables.y2, symbols.flatten(), chosen.flatten())]

@@ -27,7 +27,7 @@ from data_pipeline.views import normalize
 from pretrain.codec import bitstream, pretrained
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone, pad_to
 from pretrain.codec.bitstream import StreamInfo
-from pretrain.codec.coder import Z_STRIDE, StreamCoder
+from pretrain.codec.coder import Z_STRIDE, Choice, StreamCoder
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.context import CheckerboardContext
 from pretrain.codec.entropy import (
@@ -188,7 +188,13 @@ class FeatureCodec(nn.Module):
         return self._ready().fingerprint
 
     def encode(
-        self, image: Tensor, rate: float | None = None, max_bytes: int | None = None, tile: int | None = None
+        self,
+        image: Tensor,
+        rate: float | None = None,
+        max_bytes: int | None = None,
+        tile: int | None = None,
+        channels: Choice | None = None,
+        rest: bool = True,
     ) -> bytes:
         """The stream of an image (3, H, W) uint8 RGB, H, W >= 16.
 
@@ -197,17 +203,27 @@ class FeatureCodec(nn.Module):
             max_bytes: the highest rate is taken whose stream is no longer than this.
             tile: side of the squares (a multiple of 64 pixels) that the networks take one at a time where the image
                 is larger, which bounds memory; None takes it whole.
+            channels: of y2, that `base` is to hold in place of the codec's own; or a function that names them for
+                an image's y2_hat (latent_channels, H/16, W/16). The stream lists them.
+            rest: with `channels`, whether the stream carries the others, too.
 
         Raises:
-            CodecError: another shape, type, size or rate; `max_bytes` too small for this image.
+            CodecError: another shape, type, size or rate; `max_bytes` too small for this image; no such channels, or
+            a codec with a context model.
         """
         if image.ndim != 3:
             raise CodecError(f"image has shape {tuple(image.shape)}; encode takes (3, H, W), encode_batch (N, 3, H, W)")
-        return self.encode_batch(image[None], rate, max_bytes, tile)[0]
+        return self.encode_batch(image[None], rate, max_bytes, tile, channels, rest)[0]
 
     @torch.no_grad()
     def encode_batch(
-        self, images: Tensor, rate: float | None = None, max_bytes: int | None = None, tile: int | None = None
+        self,
+        images: Tensor,
+        rate: float | None = None,
+        max_bytes: int | None = None,
+        tile: int | None = None,
+        channels: Choice | None = None,
+        rest: bool = True,
     ) -> list[bytes]:
         """Streams of images (N, 3, H, W) uint8 RGB of one size; each as `encode` alone gives it."""
         _check_images(images)
@@ -224,7 +240,7 @@ class FeatureCodec(nn.Module):
 
                 def stream_at(level: int | None, latents: tuple[Tensor, Tensor] = latents) -> bytes:
                     y2, z = latents
-                    return coder.encode(z, y2, height, width, level)[0]
+                    return coder.encode(z, y2, height, width, level, channels, rest)[0]
 
                 streams.append(stream_at(level) if max_bytes is None else fit(stream_at, level, max_bytes))
         return streams

@@ -42,13 +42,14 @@ def test_one_input(data: bytes) -> None:
         return
     stream = data[1:]
     if data[0] & 1:
-        stream = bitstream.MAGIC + bytes([bitstream.VERSION << 4 | data[0] >> 4]) + FINGERPRINT[:4] + stream
+        version = bitstream.LISTED if data[0] & 2 else bitstream.PLAIN
+        stream = bitstream.MAGIC + bytes([version << 4 | data[0] >> 4]) + FINGERPRINT[:4] + stream
         stream = with_checks(stream)
     try:
         info = bitstream.describe(stream)
-        assert info.header_bytes <= 64
+        assert info.header_bytes <= 64 + (len(info.channels.pack()) if info.channels else 0)
         _, layers = bitstream.unpack(stream, FINGERPRINT)
-        again = bitstream.pack(FINGERPRINT, info.height, info.width, layers, info.rate)
+        again = bitstream.pack(FINGERPRINT, info.height, info.width, layers, info.rate, info.channels)
         assert bitstream.unpack(again, FINGERPRINT)[1] == layers
     except BitstreamError:
         return

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torchvision.io import ImageReadMode, decode_image, write_png
 
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.coding import AHEAD
+from pretrain.coding import AHEAD, read_image
 from pretrain.feature_picture import feature_picture
 
 SIZES = {"a": (40, 50), "b": (17, 64)}
@@ -59,6 +59,25 @@ def test_encode__images_that_fail_are_left_out_by_name(exported_codec: Path, tmp
     assert_refused(
         dicm("encode", tmp_path / "tiny.png", "-o", tmp_path, "--codec", exported_codec), "tiny.png", "8 x 8"
     )
+
+
+def test_encode__channels_of_a_file(codec: FeatureCodec, exported_codec: Path, tmp_path: Path):
+    write_noise(tmp_path / "a.png", 64, 96)
+    (tmp_path / "channels.json").write_text('{"channels": [5, 1], "counts": [1, 2]}')
+    options = ["-o", tmp_path, "--codec", exported_codec, "--channels", tmp_path / "channels.json"]
+    result = dicm("encode", tmp_path / "a.png", *options)
+    assert result.returncode == 0, result.stderr
+    stream = (tmp_path / "a.dicm").read_bytes()
+    assert stream == codec.encode(read_image(tmp_path / "a.png"), channels=[1, 5])
+    (tmp_path / "channels.json").write_text("[500]")
+    assert_refused(dicm("encode", tmp_path / "a.png", *options), "a.png", "500", "0..15")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"channels": ["a"]}', "[1, 1]", "[-1]", "[true]"])
+def test_encode__a_file_without_channels(content: str, tmp_path: Path):
+    (tmp_path / "channels.json").write_text(content)
+    result = dicm("encode", tmp_path, "-o", tmp_path / "out", "--channels", tmp_path / "channels.json")
+    assert_refused(result, "channels.json", "channels")
 
 
 @pytest.mark.parametrize(

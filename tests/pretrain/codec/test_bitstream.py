@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.codec.bitstream import Layer, describe, pack, unpack
-from pretrain.errors import BitstreamError
+from pretrain.codec.bitstream import ChannelList, Layer, describe, pack, unpack
+from pretrain.errors import BitstreamError, CodecError
 
 FINGERPRINT = bytes.fromhex("0123456789abcdef")
 LAYERS = [Layer(b"first payload", 0x1234), Layer(b"second", 0xBEEF)]
@@ -73,8 +73,41 @@ def test_unpack__a_guard_list_longer_than_its_layer_is_damage():
             unpack(stream, FINGERPRINT)
 
 
-def test_unpack__every_flipped_bit_is_noticed():
-    stream = pack(FINGERPRINT, 480, 640, LAYERS)
+@given(data=st.data(), total=st.integers(1, 320))
+def test_unpack__channel_lists_come_back(data: st.DataObject, total: int):
+    chosen = data.draw(st.sets(st.integers(0, total - 1), min_size=1))
+    channels = ChannelList(tuple(sorted(chosen)), total)
+    stream = pack(FINGERPRINT, 480, 640, LAYERS, None, channels)
+    info, found = unpack(stream, FINGERPRINT)
+    assert (info.channels, info.version, found) == (channels, 3, LAYERS)
+    assert stream[: info.base_bytes].endswith(LAYERS[0].payload)
+    assert sorted(channels.chosen + channels.others) == list(range(total))
+
+
+@pytest.mark.parametrize(("count", "most"), [(16, 10), (32, 16), (96, 24)])
+def test_channel_list__takes_the_bytes_of_its_choice(count: int, most: int):
+    """Three bytes say how many of how many."""
+    lists = [tuple(range(count)), tuple(range(192 - count, 192)), tuple(range(0, 2 * count, 2))]
+    assert [len(ChannelList(chosen, 192).pack()) for chosen in lists] == [3 + most] * 3
+
+
+@pytest.mark.parametrize("chosen", [(), (3, 2), (1, 1), (-1, 2), (0, 192)])
+def test_channel_list__refuses_what_is_none(chosen: tuple[int, ...]):
+    with pytest.raises(CodecError, match=r"ascending|0\.\.191"):
+        ChannelList(chosen, 192)
+
+
+@pytest.mark.parametrize("claim", [b"\xc0\x01\x00", b"\x00\x00", b"\x05\x06", b"\xff\xff\x7f\x01", b"\x05\x02\xff"])
+def test_unpack__a_channel_list_that_is_none_is_damage(claim: bytes):
+    fixed = b"\xd1\xc3\x31" + FINGERPRINT[:4] + b"\x40\x40" + claim
+    check = google_crc32c.extend(google_crc32c.value(fixed), b"\0\0payload")
+    with pytest.raises(BitstreamError, match="channel"):
+        unpack(fixed + bytes([7, 0, 0]) + check.to_bytes(4, "little") + b"payload", FINGERPRINT)
+
+
+@pytest.mark.parametrize("channels", [None, ChannelList((1, 5, 6), 32)])
+def test_unpack__every_flipped_bit_is_noticed(channels: ChannelList | None):
+    stream = pack(FINGERPRINT, 480, 640, LAYERS, None, channels)
     for bit in range(8 * len(stream)):
         damaged = bytearray(stream)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -82,8 +115,9 @@ def test_unpack__every_flipped_bit_is_noticed():
             unpack(bytes(damaged), FINGERPRINT)
 
 
-def test_unpack__every_cut_is_named():
-    stream = pack(FINGERPRINT, 480, 640, LAYERS)
+@pytest.mark.parametrize("channels", [None, ChannelList((1, 5, 6), 32)])
+def test_unpack__every_cut_is_named(channels: ChannelList | None):
+    stream = pack(FINGERPRINT, 480, 640, LAYERS, None, channels)
     for length in range(1, len(stream)):
         with pytest.raises(BitstreamError, match="cut"):
             unpack(stream[:length], FINGERPRINT)
@@ -105,7 +139,8 @@ def test_unpack__layers_of_two_streams_do_not_mix():
         (b"\xff\xd8\xff\xe0 a photo", "not a dicm stream"),
         (pack(bytes(8), 480, 640, LAYERS), "codec 00000000, this is 01234567"),
         (pack(FINGERPRINT, 480, 640, LAYERS) + b"x", "bytes behind its end"),
-        (b"\xd1\xc3\x31" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 3"),
+        (b"\xd1\xc3\x41" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 4"),
+        (b"\xd1\xc3\x31" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "52 of 13 channels"),
         (pack(FINGERPRINT, 60_000, 60_000, LAYERS), "60000 x 60000"),
         (pack(FINGERPRINT, 10**9, 64, LAYERS), "sides must lie in"),
         (pack(FINGERPRINT, 8, 64, LAYERS), "sides must lie in"),

@@ -22,13 +22,20 @@ NARROW = {
 
 @pytest.mark.parametrize(
     "options",
-    [{"base_channels": 16}, {"rate_points": 3, "guard": 1e-3}, {"context": "checkerboard", "context_depth": 1}],
-    ids=["layers", "rates", "context"],
+    [
+        {"base_channels": 16},
+        {"rate_points": 3, "guard": 1e-3},
+        {"context": "checkerboard", "context_depth": 1},
+        {"channels": [1, 4, 5, 30]},
+    ],
+    ids=["layers", "rates", "context", "channels"],
 )
 def test_decode__damage_of_every_kind_ends_in_one_error(options: dict[str, object]):
     torch.manual_seed(0)
+    options = dict(options)
+    channels = options.pop("channels", None)
     codec = FeatureCodec(CodecConfig(**NARROW, **options)).eval().requires_grad_(False)
-    good = [codec.encode(noise(*size, seed)) for seed, size in enumerate([(16, 16), (64, 200)])]
+    good = [codec.encode(noise(*size, seed), channels=channels) for seed, size in enumerate([(16, 16), (64, 200)])]
     damage, refused = Damage(good, seed=1), 0
     for _ in range(300):
         stream = damage()

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_refused, dicm
+from small_codecs import create_codec, random_images
+from torchvision.io import decode_image
+
+from downstream.channels import Counts, count_choices, most_chosen, most_varied, write_choice
+from downstream.errors import TaskError
+from downstream.gate import DynamicGate
+from downstream.latents import FeatureLatents
+from downstream.tasks.segmentation_run import SegmentationRun, open_run
+from downstream.tasks.semantic_segmentation import SegmentationConfig
+
+
+@pytest.fixture(scope="module")
+def latents() -> FeatureLatents:
+    return FeatureLatents(create_codec(), torch.device("cpu"))
+
+
+def test_count_choices__counts_the_streams_that_would_carry_a_channel(latents: FeatureLatents):
+    torch.manual_seed(0)
+    gate, images = DynamicGate(32).train(), random_images(5, 64, 64)
+    found = count_choices(gate, latents, images)
+    carried = torch.zeros(32)
+    for image in images:
+        channels = latents.codec.describe(latents.encode(image, gate.choice)).channels
+        assert channels is not None
+        carried[list(channels.chosen)] += 1
+    assert found.images == 5 and found.counts == carried.tolist()
+    y_hat = torch.cat([latents.latents(image[None]) for image in images])
+    assert found.probabilities == pytest.approx(gate.probabilities(y_hat).mean(0).tolist(), abs=1e-5)
+    with pytest.raises(TaskError, match="none"):
+        count_choices(gate, latents, [])
+
+
+def test_most_chosen__are_the_highest_counts_and_among_equals_the_likelier():
+    assert most_chosen(Counts([3, 9, 0, 9, 3], [0.5, 0.9, 0.1, 0.9, 0.6], 9), 3) == [1, 3, 4]
+    assert most_chosen(Counts([1, 1, 1], [0.5] * 3, 1), 2) == [0, 1]
+    for num in (0, 4):
+        with pytest.raises(TaskError, match=r"1\.\.3"):
+            most_chosen(Counts([1, 1, 1], [0.5] * 3, 1), num)
+
+
+def test_most_varied__is_the_variance_over_all_places_of_all_images(latents: FeatureLatents):
+    images = random_images(4, 64, 64)
+    y_hat = torch.cat([latents.latents(image[None]) for image in images])
+    variance = y_hat.transpose(0, 1).flatten(1).double().var(dim=1, correction=0)
+    assert most_varied(latents, images, 5) == sorted(variance.topk(5).indices.tolist())
+    with pytest.raises(TaskError, match=r"1\.\.32"):
+        most_varied(latents, images, 33)
+
+
+def test_write_choice__a_place_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TaskError, match="cannot be written"):
+        write_choice(tmp_path / "file" / "c.json", [1], Counts([0, 1], [0.1, 0.9], 1), "codec")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of seconds on scenes, with a dynamic gate."""
+    from data_pipeline.scenes import write_scenes
+
+    folder = tmp_path_factory.mktemp("segmentation")
+    write_scenes(folder / "scenes", train=8, val=4, size=64, seed=0)
+    create_codec().save_pretrained(folder / "codec")
+    config = SegmentationConfig(
+        data=str(folder / "scenes"), run=str(folder / "run"), codec=str(folder / "codec"), backbone="resnet18",
+        height=64, width=64, epochs=3, teacher_epochs=1, batch_size=4, precision="fp32",
+    )  # fmt: skip
+    config.validate()
+    results = SegmentationRun(config).train()
+    assert results["loss_last"] < results["loss_first"]
+    return folder
+
+
+def test_run__evaluates_the_bytes_of_real_streams_with_the_chosen_channels(trained: Path):
+    run = open_run(trained / "run")
+    student = run.load_student()
+    results = json.loads((trained / "run" / "results.json").read_text())
+    again = run.evaluate(student)
+    assert {key: results[key] for key in again} == again
+    streams = [run.latents.encode(run.val_set[index][0], student.gate.choice) for index in range(4)]
+    assert results["bpp"] == pytest.approx(8 * sum(map(len, streams)) / (4 * 64 * 64))
+    assert all(list(run.latents.codec.describe(stream).layers) == ["base"] for stream in streams)
+
+
+def test_select_channels__writes_counts_and_a_chart_that_gate_static_reads(trained: Path):
+    result = dicm("select-channels", trained / "run", "--num", "6")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads((trained / "run" / "channels_6.json").read_text())
+    found = Counts(facts["counts"], facts["probabilities"], facts["images"])
+    assert facts["channels"] == most_chosen(found, 6)
+    assert facts["images"] == 8 and len(facts["counts"]) == 32 and max(facts["counts"]) <= 8
+    assert decode_image(str(trained / "run" / "channels_6.png")).shape[1] > 200
+    config = SegmentationConfig(
+        data=str(trained / "scenes"), run=str(trained / "static"), codec=str(trained / "codec"), backbone="resnet18",
+        teacher=str(trained / "run" / "teacher.pt"), gate="static", channels=str(trained / "run" / "channels_6.json"),
+        height=64, width=64, epochs=1, batch_size=4, precision="fp32", transform="res",
+    )  # fmt: skip
+    config.validate()
+    results = SegmentationRun(config).train()
+    assert results["channels"] == 6
+    assert open_run(trained / "static").load_student().gate.choice == facts["channels"]
+    # The same file makes `dicm encode` put these channels into the base layer.
+    refused = dicm("select-channels", trained / "static", "--num", "6")
+    assert_refused(refused, "gate=static", "gate=dynamic")
+
+
+def test_run__variance_keeps_the_most_varied_channels(trained: Path):
+    config = SegmentationConfig(
+        data=str(trained / "scenes"), run=str(trained / "variance"), codec=str(trained / "codec"), backbone="resnet18",
+        teacher=str(trained / "run" / "teacher.pt"), gate="variance", num_channels=4, height=64, width=64, epochs=1,
+        batch_size=4, precision="fp32",
+    )  # fmt: skip
+    run = SegmentationRun(config)
+    assert run.train()["channels"] == 4
+    assert run.load_student().gate.choice == most_varied(run.latents, run.training_images(), 4)
+
+
+def test_select_channels__refusals(trained: Path, tmp_path: Path):
+    assert_refused(dicm("select-channels", tmp_path), str(tmp_path), "config.yaml")
+    assert_refused(dicm("select-channels", trained / "run", "--num", "33"), "num=33", "1..32")
