@@ -1,18 +1,14 @@
 """Images at their own sizes with their objects: what detectors read.
 
-    shards -> survey: which samples serve, and what is left out, counted
-           -> object_loader: lists of `ObjectSample`, endless and shuffled or once and in order
-
 What shards of other makers may hold is made good where it is read: boxes are cut to the image, and objects without
 area, of a class that is not among the names, or with a mask of another size are left out. The survey does the same
-before any work starts, so that nothing is first met in the middle of a run.
+before any work starts.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from data_pipeline.errors import DataError
-from data_pipeline.decoding import decode_image
-from data_pipeline.order import ElasticSampler, SampleOrder
-from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, Shard, ShardReader, Split
-from data_pipeline.sources.annotations import OutlineError, clean_boxes, decode_mask
+from data_pipeline.cache import ShardCache
+from data_pipeline.errors import DataError, SampleError
+from data_pipeline.samples import SampleDataset, Survey, UnusableError, facts_of, picture_of, survey, to_tensor
+from data_pipeline.sources.annotations import OutlineError, clean_boxes, decode_mask, encode_mask
 
 MIN_SIDE = 16  # pixels; no stream is made of a smaller image
-IN_ONE_PROCESS = 2000  # samples that are surveyed faster than processes start
 
 
 class Objects(NamedTuple):
@@ -59,19 +51,6 @@ class ObjectSample(NamedTuple):
     objects: Objects
     index: int  # type: ignore[assignment]  # of the data set; hides tuple.index
     key: str
-
-
-class Survey(NamedTuple):
-    """What a split holds for a detector."""
-
-    usable: np.ndarray  # int64 dataset indexes of the samples that serve, ascending
-    shard_sizes: list[int]  # how many of them lie in each shard
-    num_objects: int
-    left_out: dict[str, int]  # reason -> count
-
-
-class UnusableError(DataError):
-    """A sample that says nothing a detector could use; its message is the reason."""
 
 
 def read_objects(
@@ -158,107 +137,59 @@ def _flags(values: list[Any] | None, numbers: list[int]) -> Tensor:
     return torch.tensor([bool(values[number]) if values else False for number in numbers], dtype=torch.bool)
 
 
-def survey(root: str | Path, split: str, num_classes: int, masks: bool) -> Survey:
-    """Look at every sample's annotations, not at its pixels.
+def survey_objects(
+    root: str | Path, split: str, num_classes: int, masks: bool, cache: ShardCache | None = None
+) -> Survey:
+    """Look at every sample's annotations, not at its pixels; `found` counts the objects that are not ignored.
 
     Raises:
         DataError: no such split, a damaged shard, or a sample that cannot be read.
     """
-    chosen = Manifest.load(root).split(split)
-    jobs = [(Path(root), shard, num_classes, masks) for shard in chosen.shards]
-    parts = map(_survey_shard, jobs)
-    if chosen.num_samples > IN_ONE_PROCESS:
-        parts = ordered_map(_survey_shard, jobs, chunk=1)  # type: ignore[assignment]
-    usable, sizes, num_objects, left_out, start = [], [], 0, Counter[str](), 0
-    for shard, (found, objects, reasons) in zip(chosen.shards, parts, strict=True):
-        usable += [start + index for index in found]
-        sizes.append(len(found))
-        start += shard.samples
-        num_objects += objects
-        left_out += reasons
-    return Survey(np.array(usable, dtype=np.int64), sizes, num_objects, dict(left_out))
+    return survey(root, split, partial(_inspect, num_classes=num_classes, masks=masks), cache)
 
 
-def _survey_shard(job: tuple[Path, Shard, int, bool]) -> tuple[list[int], int, Counter[str]]:
-    root, shard, num_classes, masks = job
-    reader = ShardReader(root, Split((shard,)))
-    found, num_objects, left_out = [], 0, Counter[str]()
-    for index in range(shard.samples):
-        sample = reader.read(index)
+def _inspect(sample: dict[str, Any], num_classes: int, masks: bool) -> tuple[int, Counter[str]]:
+    facts = facts_of(sample)
+    # Only shards of other makers lack the size: then the picture has to tell.
+    width, height = facts.get("width"), facts.get("height")
+    if not (isinstance(width, int) and isinstance(height, int)):
         try:
-            facts = _facts(sample)
-            # Only shards of other makers lack the size: then the picture has to tell.
-            width, height = facts.get("width"), facts.get("height")
-            if not (isinstance(width, int) and isinstance(height, int)):
-                height, width = decode_image(_picture(sample)).shape[:2]
-            objects, reasons = read_objects(facts, width, height, num_classes, masks)
-        except UnusableError as error:
-            left_out[str(error)] += 1
-        except DataError as error:
-            raise DataError(f"{root / shard.name}: sample {sample['__key__']}: {error}") from error
-        else:
-            found.append(index)
-            num_objects += int((~objects.ignored).sum())
-            left_out += reasons
-    return found, num_objects, left_out
+            height, width = picture_of(sample).shape[:2]
+        except SampleError as error:
+            raise UnusableError("image that does not decode") from error
+    objects, reasons = read_objects(facts, width, height, num_classes, masks)
+    return int((~objects.ignored).sum()), reasons
 
 
-def _facts(sample: dict[str, Any]) -> dict[str, Any]:
-    try:
-        facts = json.loads(sample.get("json", b"{}"))
-    except ValueError as error:
-        raise DataError(f"its JSON is damaged ({error}); build the data set again") from error
-    if not isinstance(facts, dict):
-        raise DataError("its JSON is no object; build the data set again")
-    return facts
-
-
-def _picture(sample: dict[str, Any]) -> bytes:
-    data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-    if data is None:
-        raise DataError("has no image; build the data set again")
-    return data
-
-
-class ObjectDataset(Dataset[ObjectSample]):
-    """Map-style data set of the usable samples of a split.
+class ObjectDataset(SampleDataset[ObjectSample]):
+    """Images with their objects.
 
     Args:
         max_side: pixels; larger images come shrunk, with their objects, as if the data set held them so.
     """
 
     def __init__(
-        self, root: str | Path, split: str, found: Survey, num_classes: int, masks: bool, max_side: int | None = None
+        self,
+        root: str | Path,
+        split: str,
+        usable: np.ndarray,
+        num_classes: int,
+        masks: bool,
+        max_side: int | None = None,
+        cache: ShardCache | None = None,
     ):
-        self.reader = ShardReader(root, Manifest.load(root).split(split))
-        self.found, self.num_classes, self.masks, self.max_side = found, num_classes, masks, max_side
+        super().__init__(root, split, usable, cache)
+        self.num_classes, self.masks, self.max_side = num_classes, masks, max_side
 
-    def __len__(self) -> int:
-        return len(self.found.usable)
-
-    def __getitem__(self, number: int) -> ObjectSample:
-        index = int(self.found.usable[number])
-        sample = self.reader.read(index)
-        try:
-            pixels = decode_image(_picture(sample))
-            height, width = pixels.shape[:2]
-            facts = _facts(sample)
-            if (facts.get("width", width), facts.get("height", height)) != (width, height):
-                raise DataError(
-                    f"is {width} x {height}, not {facts.get('width')} x {facts.get('height')} as noted; build it again"
-                )
-            objects, _ = read_objects(facts, width, height, self.num_classes, self.masks)
-        except DataError as error:
-            raise DataError(f"{self.reader.root}: sample {sample['__key__']}: {error}") from error
-        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-        return shrink(ObjectSample(image, objects, index, sample["__key__"]), self.max_side)
-
-    def __getitems__(self, numbers: list[int]) -> list[ObjectSample] | DataError:
-        """A batch for DataLoader; an error travels as a value to `ObjectLoader`, which raises it."""
-        try:
-            return [self[number] for number in numbers]
-        except DataError as error:
-            return error
+    def load(self, sample: dict[str, Any], index: int, position: int | None) -> ObjectSample:
+        """An image with its objects (SampleError: it does not decode, or is of another size than was noted)."""
+        pixels, facts = picture_of(sample), facts_of(sample)
+        height, width = pixels.shape[:2]
+        noted = facts.get("width", width), facts.get("height", height)
+        if noted != (width, height):
+            raise SampleError(f"is {width} x {height}, not {noted[0]} x {noted[1]} as noted; build it again")
+        objects, _ = read_objects(facts, width, height, self.num_classes, self.masks)
+        return shrink(ObjectSample(to_tensor(pixels), objects, index, sample["__key__"]), self.max_side)
 
 
 def shrink_image(image: Tensor, max_side: int | None) -> Tensor:
@@ -286,50 +217,21 @@ def shrink(sample: ObjectSample, max_side: int | None) -> ObjectSample:
     return sample._replace(image=image, objects=objects._replace(boxes=boxes, areas=objects.areas * x * y, masks=masks))
 
 
-class ObjectLoader(DataLoader[list[ObjectSample]]):
-    """Batches as lists, because images differ in size; a worker's DataError is raised as it was, in one line."""
-
-    def __iter__(self) -> Iterator[list[ObjectSample]]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, DataError):
-                break
-            yield batch
-        else:
-            return
-        # Let go of the workers first: the error's traceback would keep them until it is collected.
-        self._iterator = None
-        raise batch
+def mirror(sample: ObjectSample) -> ObjectSample:
+    """The sample, left and right changed."""
+    objects, width = sample.objects, sample.image.shape[-1]
+    left, top, right, bottom = objects.boxes.unbind(1)
+    boxes = torch.stack([width - right, top, width - left, bottom], dim=1)
+    masks = None if objects.masks is None else objects.masks.flip(-1)
+    return sample._replace(image=sample.image.flip(-1), objects=objects._replace(boxes=boxes, masks=masks))
 
 
-def object_loader(
-    dataset: ObjectDataset,
-    *,
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    num_workers: int = 0,
-    seed: int = 0,
-    samples_seen: int = 0,
-) -> ObjectLoader:
-    """This rank's training batches without end, from position `samples_seen` of the order; `batch_size` is global."""
-    order = SampleOrder(dataset.found.shard_sizes, seed)
-    return _loader(dataset, ElasticSampler(order, batch_size, rank, world, samples_seen), num_workers)
-
-
-def once(dataset: ObjectDataset, *, rank: int = 0, world: int = 1, num_workers: int = 0) -> ObjectLoader:
-    """Each usable sample once, in order, one a batch; rank r takes every world-th."""
-    return _loader(dataset, [[number] for number in range(rank, len(dataset), world)], num_workers)
-
-
-def _loader(dataset: ObjectDataset, batches: Iterable[list[int]], num_workers: int) -> ObjectLoader:
-    return ObjectLoader(
-        dataset,  # type: ignore[arg-type]  # `_as_it_is` makes the batches of its samples
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-    )
-
-
-def _as_it_is(samples: list[ObjectSample]) -> list[ObjectSample]:
-    return samples
+def facts_from(objects: Objects, width: int, height: int) -> dict[str, Any]:
+    """What `read_objects` reads, of the objects of an image."""
+    facts = {
+        "width": width, "height": height, "boxes": objects.boxes.tolist(), "labels": objects.labels.tolist(),
+        "iscrowd": objects.crowds.tolist(), "difficult": objects.difficult.tolist(), "areas": objects.areas.tolist(),
+    }  # fmt: skip
+    if objects.masks is not None:
+        facts["masks"] = [encode_mask(mask) for mask in objects.masks.numpy()]
+    return facts

@@ -39,7 +39,7 @@ from data_pipeline.errors import DataError
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "mask.png")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "mask.png", "dicm")
 PICKLES = ("pyd", "pickle", "pkl", "pth", "pt")  # fields that stock readers unpickle
 SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
 BLOCK = 512  # tar pads everything to blocks of this many bytes

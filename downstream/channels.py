@@ -15,11 +15,12 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from data_pipeline.samples import once
 from downstream.errors import TaskError
 from downstream.gate import DynamicGate
 from downstream.latents import LatentCodec
@@ -125,21 +126,21 @@ def select_channels(run: Path, num: int, out: Path | None = None, chart: Path | 
     Raises:
         TaskError: not such a run, or more channels than the latent has.
     """
-    from downstream.tasks.segmentation_run import open_run
+    from downstream.finetune import load_run, open_run
 
-    opened = open_run(run)
-    if opened.config.gate != "dynamic":
-        raise TaskError(
-            f"{run}: trained with gate={opened.config.gate}; channels are chosen by a run with gate=dynamic"
-        )
-    gate = opened.load_student().gate
-    assert isinstance(gate, DynamicGate)
+    kind = getattr(load_run(run), "gate", None)
+    if kind != "dynamic":
+        raise TaskError(f"{run}: trained with gate={kind}; channels are chosen by a run with gate=dynamic")
+    tuner = open_run(run)
+    tuner.logger.close()
+    task: Any = tuner.task
+    gate = next(module for module in task.model.modules() if isinstance(module, DynamicGate))
     if not 1 <= num <= gate.channels:  # before the work is done
         raise TaskError(f"num={num} must lie in 1..{gate.channels}, the channels of the latent")
-    found = count_choices(gate, opened.latents, opened.training_images())
+    found = count_choices(gate, task.source, (sample.image for sample in once(task.dataset("train"))))
     channels = most_chosen(found, num)
     out = out or run / f"channels_{num}.json"
     chart = chart or out.with_suffix(".png")
-    write_choice(out, channels, found, opened.config.codec or opened.config.latents)
+    write_choice(out, channels, found, task.config.codec if task.config.latents == "codec" else task.config.latents)
     draw_choice(chart, channels, found)
     return out, chart

@@ -11,7 +11,7 @@ from rich.table import Table
 
 app = typer.Typer()
 console = Console()
-TASK_NAMES = "classification, detection, instance_segmentation"
+TASK_NAMES = "classification, detection, instance_segmentation, semantic_segmentation"
 
 
 @app.command()
@@ -115,11 +115,10 @@ def demo(
 def _print(run: str, results: dict[str, Any]) -> None:
     from downstream.results import table
 
-    figures = table(results)
-    shown = Table("input", *figures, title=run)
-    shown.add_row(
-        results["anchor"] or ("clean pixels" if results["input"] == "pixels" else "codec streams"), *figures.values()
-    )
+    source = results["anchor"] or ("clean pixels" if results["input"] == "pixels" else "codec streams")
+    shown = Table(results["task"], source, title=run, title_justify="left")
+    for title, value in table(results).items():
+        shown.add_row(title, value)
     console.print(shown)
     for reason, count in results.get("left_out", {}).items():
         console.print(f"{count} x {reason}", highlight=False)

@@ -272,13 +272,16 @@ class WholeLatents(CompressAILatents):
         with torch.autocast(self.device.type, enabled=False):
             return self._input_of_synthesis(lambda: self.model(self._pixels(images)))
 
+    def need_channels(self) -> None:
+        raise CodecError(
+            f"{type(self.model).__name__} predicts from all channels, so none can be sent alone; use gate=none, or "
+            "one of bmshj2018-factorized, bmshj2018-hyperprior, mbt2018-mean"
+        )
+
     @torch.no_grad()
     def encode(self, image: Tensor, channels: Choice | None = None, rest: bool = False) -> bytes:
         if channels is not None:
-            raise CodecError(
-                f"{type(self.model).__name__} predicts from all channels, so none can be sent alone; use gate=none, or "
-                "one of bmshj2018-factorized, bmshj2018-hyperprior, mbt2018-mean"
-            )
+            self.need_channels()
         strings = [strings[0] for strings in self.model.compress(self._pixels(image[None]))["strings"]]
         payload = b"".join(struct.pack("<I", len(string)) + string for string in strings)
         height, width = image.shape[-2:]

@@ -13,19 +13,21 @@ from omegaconf import MISSING
 from downstream.errors import TaskError
 
 INPUTS = ("streams", "pixels")
-OPTIMIZERS = ("sgd", "adamw")
+OPTIMIZERS = ("sgd", "adamw", "adam")
+CACHES = ("none", "bitstreams")
 
 
 @dataclass
 class FinetuneConfig:
     """Everything that a fine-tune of any task on the frozen codec depends on."""
 
-    codec: str = MISSING  # exported codec: folder or hub id
+    codec: str | None = MISSING  # exported codec: folder or hub id; null for a task that reads other latents
     data: str = MISSING  # folder or URL (s3://, https://) with dataset.json and shards
     run: str = "runs/finetune"  # run folder; running again with the same one resumes
     task: str = MISSING
     input: str = "streams"  # or pixels: the same network on decoded pixels, to compare with
-    anchor: str | None = None  # input=pixels: FORMAT:QUALITY, for example jpeg:30; none: pixels as they are
+    anchor: str | None = None  # input=pixels: NAME:QUALITY, for example jpeg:30; none: pixels as they are
+    anchor_weights: str = "zoo"  # of an anchor of CompressAI's: zoo, or a file
     rate: float | None = None  # input=streams: 0..1, of a codec with a range of rates; none: its best
     classes: list[str] = field(default_factory=list)  # names of what the head tells apart; those of the data set
 
@@ -41,7 +43,10 @@ class FinetuneConfig:
     launcher: str = "ray"
     precision: str = "bf16"
     num_workers: int = 0
-    shard_cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
+    cache: str = "none"  # or bitstreams: encode the training set once, then train from its streams
+    cache_views: int = 4  # cache=bitstreams: random views of each image that are encoded, taken in turn
+    cache_folder: str | None = None  # where the streams are kept, for other runs too; RUN/streams if not given
+    shard_cache: str | None = None  # folder for shards of a URL; $DICM_CACHE or the user's cache folder if not given
     shard_cache_limit: float = 64.0  # GiB that they may take on a node
     log_every: int = 10
     checkpoint_every: int = 100
@@ -54,10 +59,14 @@ class FinetuneConfig:
             "optimizer": OPTIMIZERS,
             "launcher": ("ray", "local"),
             "precision": ("fp32", "bf16"),
+            "cache": CACHES,
         }.items():
             if (value := getattr(self, key)) not in valid:
                 raise TaskError(f"{key}={value} is unknown; use one of {', '.join(valid)}")
+        if self.codec is None and self.needs_codec():
+            raise TaskError(f"codec is missing; {self.task} reads a codec's features, name its folder: codec=DIR")
         self.at_least(1, "epochs", "batch_size", "workers", "log_every", "checkpoint_every", "keep_checkpoints")
+        self.at_least(1, "cache_views")
         self.at_least(0, "num_workers", "seed", "weight_decay")
         self.within(0.0, 1.0, "warmup")
         if self.shard_cache_limit <= 0:
@@ -71,13 +80,17 @@ class FinetuneConfig:
         if self.anchor is not None and self.input != "pixels":
             raise TaskError(f"anchor={self.anchor} needs input=pixels; the codec's own streams have no anchor")
         if self.anchor is not None:
-            from downstream.evaluation.anchors import Anchor
+            from downstream.evaluation.anchors import check_anchor
 
-            Anchor.parse(self.anchor)
+            check_anchor(self.anchor)
 
-    def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps of a whole run over `num_samples` training samples."""
-        return self.epochs * (num_samples // self.batch_size)
+    def needs_codec(self) -> bool:
+        """Whether features are those of an exported codec."""
+        return True
+
+    def stages(self, num_samples: int) -> dict[str, int]:
+        """What is trained, one after the other: name -> optimizer steps, with `num_samples` training samples."""
+        return {"finetune": self.epochs * (num_samples // self.batch_size)}
 
     def at_least(self, least: int, *keys: str) -> None:
         """TaskError for the first of `keys` whose value is below `least`."""

@@ -2,6 +2,8 @@
 
     RUN/
       config.yaml  metrics.jsonl  tensorboard/  checkpoints/
+      teacher.pt        semantic_segmentation: the network on raw images that it trained first
+      streams/          cache=bitstreams: the training set, encoded
       quarantine.jsonl  samples that could not be used, if there were any
       results.json      metrics and rate on the validation split; written when the run is complete
 
@@ -16,10 +18,11 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster import runtime as launcher
@@ -31,16 +34,30 @@ from data_pipeline.shards import Manifest
 from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from downstream.results import RESULTS, read_results, write_results
+from downstream.stream_cache import build_streams, check_folder
 from downstream.tasks import task_class
 from downstream.tasks.task import Found
-from pretrain.codec.feature_codec import FeatureCodec
 
 RECIPES = Path(__file__).parent / "recipes"
 FREE_KEYS = {
     "run", "workers", "launcher", "num_workers", "shard_cache", "shard_cache_limit", "log_every", "checkpoint_every",
     "keep_checkpoints",
 }  # fmt: skip
-FACTS = ("task", "codec", "data", "input", "anchor", "rate", "classes", "probe", "image_size")
+ENCODING_LOG_SECONDS = 15.0
+FACTS = (
+    "task",
+    "codec",
+    "data",
+    "input",
+    "anchor",
+    "rate",
+    "classes",
+    "probe",
+    "image_size",
+    "latents",
+    "gate",
+    "transform",
+)
 
 
 def resolve(recipe: str, overrides: list[str]) -> FinetuneConfig:
@@ -63,15 +80,18 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         TaskError, DataError, CodecError: the data set lacks what the task needs; data or codec are unusable.
     """
     folder, task = Path(config.run), task_class(config.task)
-    codec, manifest = FeatureCodec.from_pretrained(config.codec), Manifest.load(config.data)
+    codec, manifest = task.load_codec(config), Manifest.load(config.data)
     task.fill_in(config, codec, manifest)
-    found = task.check_data(config, manifest)
     check_earlier_run(config, folder)
-    if not (folder / RESULTS).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-        with ProgressFollower(folder, config.num_steps(found.num_samples)):
-            launcher.run(finetune, config, workers=config.workers, launcher=config.launcher, run_dir=config.run)
+    if (folder / RESULTS).is_file():
+        return read_results(folder)
+    task.check_codec(config, codec)
+    found = task.check_data(config, manifest)
+    check_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    with ProgressFollower(folder, sum(config.stages(found.num_samples).values())):
+        launcher.run(finetune, config, workers=config.workers, launcher=config.launcher, run_dir=config.run)
     if not (folder / RESULTS).is_file():
         raise TaskError(f"run={folder} was stopped; it has a checkpoint, the same command continues")
     return read_results(folder)
@@ -106,51 +126,100 @@ def finetune(runtime: Runtime, config: FinetuneConfig) -> None:
     Finetuner(runtime, config).train()
 
 
+class Stage(NamedTuple):
+    """A part of a run, from step `start` up to step `end`."""
+
+    name: str
+    start: int
+    end: int
+
+
+def stages_of(steps: dict[str, int]) -> list[Stage]:
+    """Stages one after the other, of so many steps each."""
+    ends = list(itertools.accumulate(steps.values()))
+    return [Stage(name, end - count, end) for (name, count), end in zip(steps.items(), ends, strict=True)]
+
+
 class Finetuner:
-    """One rank of a fine-tune."""
+    """One rank of a fine-tune; `enter` the last stage to evaluate what was trained."""
 
     def __init__(self, runtime: Runtime, config: FinetuneConfig):
         self.runtime, self.config, self.device = runtime, config, runtime.device
-        task, codec = task_class(config.task), FeatureCodec.from_pretrained(config.codec)
-        manifest = Manifest.load(config.data)
-        task.fill_in(config, codec, manifest)
-        found: Found = runtime.broadcast(task.check_data(config, manifest) if runtime.rank == 0 else None)
-        self.task = task(config, codec, runtime, found)
-        self.model, self.left_out = self.task.model, found.left_out
-        self.num_steps = config.num_steps(found.num_samples)
-        self.optimizer = self.task.optimizer()
-        self.scheduler = self.task.scheduler(self.optimizer, self.num_steps)
-        self.step = 0
+        kind = task_class(config.task)
+        codec, manifest = kind.load_codec(config), Manifest.load(config.data)
+        kind.fill_in(config, codec, manifest)
+        found: Found = runtime.broadcast(kind.check_data(config, manifest) if runtime.rank == 0 else None)
+        self.task = kind(config, codec, runtime, found)
+        self.left_out = found.left_out
+        self.stages = stages_of(config.stages(found.num_samples))
+        self.num_steps = self.stages[-1].end
         self.store = CheckpointStore(Path(config.run) / "checkpoints", keep=config.keep_checkpoints)
-        self._restore()
+        newest = runtime.broadcast(self.store.newest() if runtime.rank == 0 else None)
+        self.step: int = newest or 0
         self.logger = MetricsLogger(config.run, rank=runtime.rank, step=self.step)
         self.started = time.perf_counter()
 
+    @property
+    def model(self) -> nn.Module:
+        """What is trained now."""
+        return self.task.model
+
     def train(self) -> None:
-        """Train, evaluate on real streams, write the results."""
+        """Train every stage that is left, evaluate on real streams, write the results."""
         try:
-            if self.step == 0:
-                self.task.begin()
-            if self._train_network():
-                self.task.finish()
-                self._save()
-                self._write_results(self.task.evaluate())
+            if self.config.cache == "bitstreams" and self.step < self.num_steps:
+                self._encode_once()
+            for stage in self.stages:
+                # The last one is entered even when it is done: its network is evaluated.
+                if self.step >= stage.end and stage is not self.stages[-1]:
+                    continue
+                self.enter(stage)
+                if not self._train_network(stage):
+                    return
+            self._write_results(self.task.evaluate())
         finally:
             self.logger.close()
 
-    def _train_network(self) -> bool:
-        """Train what the task trains; False where the run was told to stop."""
+    def enter(self, stage: Stage) -> None:
+        """Make a stage's network, optimizer and schedule, as the newest checkpoint left them."""
+        self.task.enter(stage.name)
+        self.optimizer = self.task.optimizer()
+        self.scheduler = self.task.scheduler(self.optimizer, stage.end - stage.start)
+        if self.step > stage.start:
+            state = self.store.load(self.step)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _encode_once(self) -> None:
+        """Fill the cache of streams; a line of metrics every few seconds."""
+        start, last = time.perf_counter(), 0.0
+
+        def log(done: int, total: int) -> None:
+            nonlocal last
+            if (seconds := time.perf_counter() - start) > last + ENCODING_LOG_SECONDS:
+                last = seconds
+                self.logger.log(self.step, {"stage": "streams", "parts": done, "of_parts": total})
+
+        build_streams(self.task, log)
+        self.logger.log(self.step, {"stage": "streams", "encoding_seconds": round(time.perf_counter() - start, 2)})
+
+    def _train_network(self, stage: Stage) -> bool:
+        """Train what a stage trains; False where the run was told to stop."""
         config, runtime = self.config, self.runtime
+        if self.step >= stage.end:
+            return True
+        if self.step == stage.start:
+            self.task.begin()
         module = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
         global_batch = config.batch_size // runtime.world * runtime.world
-        batches = self.task.batches(self.step * global_batch)
+        batches = self.task.batches((self.step - stage.start) * global_batch)
         generator = torch.Generator(self.device)
         self.model.train()
         start, images = time.perf_counter(), 0
-        for batch in itertools.islice(batches, self.num_steps - self.step):
+        for batch in itertools.islice(batches, stage.end - self.step):
             self._seed(generator)
             if self.scheduler is not None:
-                self.scheduler.step_update(self.step)
+                self.scheduler.step_update(self.step - stage.start)
             with self.task.autocast():
                 loss, figures = self.task.loss(module, batch, generator)
             loss.backward()
@@ -158,17 +227,21 @@ class Finetuner:
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
             images += global_batch
-            if self.step % config.log_every == 0 or self.step == self.num_steps:
+            if self.step % config.log_every == 0 or self.step == stage.end:
                 row = runtime.mean({"loss": float(loss.detach()), **{key: float(figures[key]) for key in figures}})
                 rate = images / (time.perf_counter() - start)
                 self._log({**row, "images_per_second": rate, "lr": self.optimizer.param_groups[0]["lr"]})
                 self._check_finite(row["loss"])
                 start, images = time.perf_counter(), 0
+            if self.step == stage.end:  # `finish` comes before the checkpoint that says that the stage is done
+                break
             if runtime.should_stop:
                 self._save()
                 return False
             if self.step % config.checkpoint_every == 0:
                 self._save()
+        self.task.finish()
+        self._save()
         return True
 
     def _check_finite(self, loss: float) -> None:
@@ -184,6 +257,7 @@ class Finetuner:
             results = {
                 **{key: options[key] for key in FACTS if key in options},
                 "metrics": self.task.metrics,
+                "numbers": self.task.numbers,
                 "left_out": self.left_out,
                 **measured,
                 "seconds": round(time.perf_counter() - self.started, 1),
@@ -200,14 +274,6 @@ class Finetuner:
             self.store.save(self.step, state)
         self.runtime.barrier()
 
-    def _restore(self) -> None:
-        step = self.runtime.broadcast(self.store.newest() if self.runtime.rank == 0 else None)
-        if step is not None:
-            state = self.store.load(step)
-            self.step = state["step"]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-
     def _seed(self, generator: torch.Generator) -> None:
         state = np.random.SeedSequence((self.config.seed, self.step, self.runtime.rank)).generate_state(2)
         generator.manual_seed(int(state[0]))
@@ -220,18 +286,30 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     Raises:
         TaskError: not a run folder, or a run that is not complete: its results would pass for the final ones.
     """
-    config = load_run(folder)
-    found = task_class(config.task).check_data(config, Manifest.load(config.data))
-    done, total = CheckpointStore(folder / "checkpoints").newest() or 0, config.num_steps(found.num_samples)
-    if done < total or not (folder / RESULTS).is_file():
-        raise TaskError(
-            f"{folder}: the run is not complete (step {done} of {total}); "
-            f"`dicm finetune {config.task} ... run={folder}` goes on with it"
-        )
-    tuner = Finetuner(launcher.LocalRuntime(), config)
+    tuner = open_run(folder)
     try:
         results = {**read_results(folder), **tuner.task.evaluate()}
     finally:
         tuner.logger.close()
     write_results(folder, results)
     return results
+
+
+def open_run(folder: Path) -> Finetuner:
+    """A complete run with its data and trained network, in this process.
+
+    Raises:
+        TaskError: not a run folder, or a run that is not complete.
+    """
+    config = load_run(folder)
+    found = task_class(config.task).check_data(config, Manifest.load(config.data))
+    done = CheckpointStore(folder / "checkpoints").newest() or 0
+    total = sum(config.stages(found.num_samples).values())
+    if done < total or not (folder / RESULTS).is_file():
+        raise TaskError(
+            f"{folder}: the run is not complete (step {done} of {total}); "
+            f"`dicm finetune {config.task} ... run={folder}` goes on with it"
+        )
+    tuner = Finetuner(launcher.LocalRuntime(), config)
+    tuner.enter(tuner.stages[-1])
+    return tuner

@@ -6,22 +6,29 @@ trained, so it is in no optimizer, no checkpoint and no DDP broadcast.
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cluster.runtime import Runtime
 from data_pipeline.views import normalize
 from downstream.errors import TaskError
-from downstream.evaluation.anchors import Anchor, through
+from downstream.evaluation.anchors import Anchor, create_anchor, through
+from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.feature_codec import FeatureCodec
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class FeatureSource(Protocol):
-    """Images to features (N, C1, H/4, W/4), and the bytes that this takes."""
+    """Images to features (N, C, h, w), and the bytes that this takes."""
 
     def features(self, images: Tensor) -> Tensor:
         """Features of images (N, 3, H, W) uint8, for training: what a stream would give, without making it."""
@@ -29,28 +36,45 @@ class FeatureSource(Protocol):
     def through_streams(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features from real streams or files, bytes (N,) of these, and bytes (N,) of their payloads alone."""
 
+    def encode(self, image: Tensor) -> bytes:
+        """The stream or file of an image (3, H, W) uint8."""
+
     def decode(self, stream: bytes) -> tuple[Tensor, int, int]:
-        """Features (1, C1, h, w) of a stream, and height and width of its image (TaskError: none are read)."""
+        """Features (1, C, h, w) of what `encode` wrote, and height and width of its image."""
+
+    def decode_all(self, streams: Sequence[bytes]) -> list[Tensor]:
+        """Features (C, h, w) of streams of images of any sizes."""
 
 
 def source_of(
-    codec: FeatureCodec, input: str, anchor: str | None, rate: float | None, device: torch.device
+    codec: FeatureCodec,
+    input: str,
+    anchor: str | None,
+    rate: float | None,
+    device: torch.device,
+    anchor_weights: str = "zoo",
 ) -> FeatureSource:
-    """The source that the options `input`, `anchor` and `rate` name."""
+    """The source that the options `input`, `anchor`, `anchor_weights` and `rate` name."""
     if input == "streams":
         return FrozenCodec(codec, device, rate)
-    return PixelInput(codec, Anchor.parse(anchor) if anchor else None, device)
+    head = codec.backbone.to(device).eval().requires_grad_(False).head
+    return PixelInput(head, create_anchor(anchor, anchor_weights) if anchor else None, device)
 
 
 def features_of(source: FeatureSource, images: Sequence[Tensor]) -> list[Tensor]:
-    """Features (C1, h, w) of images (3, H, W) uint8 of any sizes, those of one size in one pass."""
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, image in enumerate(images):
-        groups[tuple(image.shape)].append(number)
-    found: dict[int, Tensor] = {}
+    """Features (C, h, w) of images (3, H, W) uint8 of any sizes, those of one size in one pass."""
+    return in_groups(images, lambda image: tuple(image.shape), lambda group: list(source.features(torch.stack(group))))
+
+
+def in_groups(items: Sequence[T], key: Callable[[T], Hashable], function: Callable[[list[T]], list[R]]) -> list[R]:
+    """`function` of the items of each key together; the results in the order of the items."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for number, item in enumerate(items):
+        groups[key(item)].append(number)
+    found: dict[int, R] = {}
     for numbers in groups.values():
-        found.update(zip(numbers, source.features(torch.stack([images[number] for number in numbers])), strict=True))
-    return [found[number] for number in range(len(images))]
+        found.update(zip(numbers, function([items[number] for number in numbers]), strict=True))
+    return [found[number] for number in range(len(items))]
 
 
 class RateMeter:
@@ -66,9 +90,11 @@ class RateMeter:
         self.sums += torch.tensor(added, dtype=torch.float64)
 
     def rates(self, runtime: Runtime) -> dict[str, float]:
-        """`bpp`, `bpp_payload` and `images`, over all ranks."""
+        """`bpp`, `bpp_payload` and `images`, over all ranks (TaskError: no image could be read)."""
         sums = runtime.gather(self.sums[None].to(runtime.device)).sum(0).tolist()
         num_bytes, num_payload, pixels, images = sums
+        if not images:
+            raise TaskError("no image of the val split can be used; quarantine.jsonl in the run folder says why")
         return {"bpp": 8 * num_bytes / pixels, "bpp_payload": 8 * num_payload / pixels, "images": int(images)}
 
 
@@ -99,40 +125,86 @@ class FrozenCodec:
         payloads = [sum(self.codec.describe(stream).layers.values()) for stream in streams]
         return self.codec.decode_batch(streams), torch.tensor([len(s) for s in streams]), torch.tensor(payloads)
 
+    def encode(self, image: Tensor) -> bytes:
+        """The stream of an image (3, H, W) uint8."""
+        return self.codec.encode(image.to(self.device), self.rate)
+
     def decode(self, stream: bytes) -> tuple[Tensor, int, int]:
         """f3 (1, C1, h, w) of a stream, and height and width of its image (BitstreamError)."""
         info = self.codec.describe(stream)
         return self.codec.decode(stream), info.height, info.width
 
+    def decode_all(self, streams: Sequence[bytes]) -> list[Tensor]:
+        """f3 (C1, h, w) of streams, those of images of one size in one pass (BitstreamError)."""
+
+        def size(stream: bytes) -> tuple[int, int]:
+            info = self.codec.describe(stream)
+            return info.height, info.width
+
+        with torch.autocast(self.device.type, enabled=False):
+            return in_groups(streams, size, lambda group: list(self.codec.decode_batch(group)))
+
 
 class PixelInput:
-    """f1 of pixels that went through an anchor, the head of the same backbone: the other side of a comparison.
+    """What a network reads of pixels that went through an anchor: the other side of a comparison.
 
     Args:
+        head: of normalised images (N, 3, H, W); the backbone's, or nothing but an identity.
         anchor: codec of pixels; None leaves the pixels as they are.
     """
 
-    def __init__(self, codec: FeatureCodec, anchor: Anchor | None, device: torch.device):
-        self.backbone, self.anchor, self.device = codec.backbone.to(device).eval(), anchor, device
-        self.backbone.requires_grad_(False)
+    def __init__(self, head: Callable[[Tensor], Tensor], anchor: Anchor | None, device: torch.device):
+        self.head, self.anchor, self.device = head, anchor, device
 
     def features(self, images: Tensor) -> Tensor:
-        """f1 (N, C1, S/4, S/4) of images (N, 3, S, S) uint8, coded and decoded."""
+        """Features of images (N, 3, H, W) uint8, coded and decoded."""
         return self.through_streams(images)[0]
 
-    @torch.no_grad()
     def through_streams(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f1, bytes (N,) of the files, and bytes (N,) without what is the same in every file."""
+        """Features, bytes (N,) of the files, and bytes (N,) without what is the same in every file."""
         height, width = images.shape[-2:]
         if self.anchor is None:
             sizes = torch.full((len(images),), height * width * 3)
-            return self.backbone.head(normalize(images.to(self.device).float().div(255))), sizes, sizes
-        pixels, file_sizes = through(self.anchor, images.permute(0, 2, 3, 1).cpu().contiguous().numpy())
-        sizes = torch.from_numpy(file_sizes)
-        payloads = (sizes - self.anchor.header_bytes(height, width)).clamp(min=0)
-        decoded = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
-        return self.backbone.head(normalize(decoded.float().div(255))), sizes, payloads
+            return self._read(images), sizes, sizes
+        pixels, totals, payloads = through(self.anchor, images.permute(0, 2, 3, 1).cpu().contiguous().numpy())
+        return self._read(_images(pixels)), torch.from_numpy(totals), torch.from_numpy(payloads)
+
+    def encode(self, image: Tensor) -> bytes:
+        """The file of an image (3, H, W) uint8; PNG where there is no anchor."""
+        pixels = image.permute(1, 2, 0).cpu().contiguous().numpy()
+        if self.anchor is not None:
+            return self.anchor.encode(pixels)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
 
     def decode(self, stream: bytes) -> tuple[Tensor, int, int]:
-        """Refuse: pixels come as images."""
-        raise TaskError("this run reads pixels (input=pixels), not streams; give it images")
+        """Features (1, C, h, w) of what `encode` wrote, and height and width of its image."""
+        pixels = self._pixels(stream)
+        return self._read(_images(pixels[None])), pixels.shape[0], pixels.shape[1]
+
+    def decode_all(self, streams: Sequence[bytes]) -> list[Tensor]:
+        """Features (C, h, w) of files of images of any sizes."""
+        images = [self._pixels(stream) for stream in streams]
+        return in_groups(images, lambda image: image.shape, lambda group: list(self._read(_images(np.stack(group)))))
+
+    def _pixels(self, stream: bytes) -> np.ndarray:
+        if self.anchor is not None:
+            return self.anchor.decode(stream)
+        with Image.open(io.BytesIO(stream)) as image:
+            return np.asarray(image)
+
+    @torch.no_grad()
+    def _read(self, images: Tensor) -> Tensor:
+        """Features of images (N, 3, H, W) uint8 that were decoded, in float32."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.head(normalize(images.to(self.device).float().div(255)))
+
+
+def feature_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of features of an image."""
+    return -(-height // HEAD_STRIDE), -(-width // HEAD_STRIDE)
+
+
+def _images(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)

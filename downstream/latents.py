@@ -17,6 +17,7 @@ from data_pipeline.views import normalize
 from pretrain.codec import bitstream
 from pretrain.codec.coder import Choice
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.errors import CodecError
 
 
 class Received(NamedTuple):
@@ -65,6 +66,10 @@ class LatentCodec(ABC):
     def decode(self, stream: bytes) -> Tensor:
         """y_hat (1, C, h, w) of a stream with both layers (BitstreamError: damaged; CodecError: has no rest)."""
 
+    def need_channels(self) -> None:
+        """CodecError where channels cannot be sent one without the other; that is the exception."""
+        return
+
     def split(self, stream: bytes) -> tuple[bytes, bytes]:
         """Base and rest: with chosen channels, the first is what a task needs; in a row they are the stream again."""
         end = bitstream.describe(stream).base_bytes
@@ -82,6 +87,10 @@ class FeatureLatents(LatentCodec):
     def __init__(self, codec: FeatureCodec, device: torch.device, rate: float | None = None):
         self.codec, self.device, self.rate = codec.to(device).eval().requires_grad_(False), device, rate
         self.channels = codec.config.latent_channels
+
+    def need_channels(self) -> None:
+        if self.codec.config.context != "none":
+            raise CodecError("a codec with a context model predicts from all channels; gate=none reads them all")
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:

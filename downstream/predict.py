@@ -22,17 +22,14 @@ from torchvision.io import encode_png
 
 from cluster.checkpoint import CheckpointStore
 from cluster.runtime import LocalRuntime
-from data_pipeline.errors import DataError
 from data_pipeline.decoding import decode_image
+from data_pipeline.errors import DataError
 from downstream.errors import TaskError
 from downstream.finetune import load_run
 from downstream.tasks import task_class
 from downstream.tasks.task import Task
-from pretrain.codec.backbone import HEAD_STRIDE
-from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.coding import IMAGE_SUFFIXES, STREAM_SUFFIX
 from pretrain.errors import CodecError
-from pretrain.feature_picture import feature_picture
 
 
 @dataclass
@@ -91,8 +88,8 @@ def predict_files(
 
 def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
     """The network of a complete run, ready to predict (TaskError where there is none, or it is of another task)."""
-    config = load_run(run)
     task_class(name)
+    config = load_run(run)
     if config.task != name:
         raise TaskError(f"{run} is a run of {config.task}, not of {name}; write `dicm predict {config.task} {run} ...`")
     store = CheckpointStore(run / "checkpoints")
@@ -101,7 +98,9 @@ def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
         raise TaskError(f"{run}: has no checkpoint; finish it with `dicm finetune {config.task} ... run={run}`")
     runtime = LocalRuntime()
     runtime.close()  # nothing is waited for here: SIGTERM is to end the command
-    task = task_class(name)(config, FeatureCodec.from_pretrained(codec or config.codec), runtime)
+    kind = task_class(name)
+    task = kind(config, kind.load_codec(config, codec), runtime)
+    task.enter(list(config.stages(0))[-1])
     task.model.load_state_dict(store.load(step)["model"])
     task.model.eval()
     return task
@@ -112,14 +111,15 @@ def _predict(task: Task[Any, Any], source: Path) -> tuple[dict[str, Any], Tensor
     try:
         data = source.read_bytes()
         if source.suffix.lower() == STREAM_SUFFIX:
-            features, height, width = task.source.decode(data)
-            picture = feature_picture(features[0].cpu(), HEAD_STRIDE)[:, :height, :width]
+            if task.config.input == "pixels":
+                raise TaskError(f"{source}: this run reads pixels (input=pixels), not streams; give it images")
+            received, height, width = task.receive_stream(data)
+            picture = task.picture(received, height, width)
             num_bytes = len(data)
         else:
             picture = task.prepare(torch.from_numpy(decode_image(data)).permute(2, 0, 1).contiguous())
             height, width = picture.shape[-2:]
-            features, sizes, _ = task.source.through_streams(picture[None])
-            num_bytes = int(sizes[0])
+            received, num_bytes = task.receive_image(picture)
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
     except (CodecError, DataError) as error:
@@ -128,7 +128,7 @@ def _predict(task: Task[Any, Any], source: Path) -> tuple[dict[str, Any], Tensor
         "source": str(source), "task": task.config.task, "height": height, "width": width, "bytes": num_bytes,
         "bpp": 8 * num_bytes / (height * width),
     }  # fmt: skip
-    return {**facts, **task.predict(features, height, width)}, picture
+    return {**facts, **task.predict(received, height, width)}, picture
 
 
 def _targets(sources: list[Path], out: Path) -> dict[Path, str]:

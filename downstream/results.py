@@ -39,6 +39,9 @@ def metric_titles(results: dict[str, Any]) -> dict[str, str]:
 def table(results: dict[str, Any]) -> dict[str, str]:
     """Title and value of every figure of a run, as tables show them."""
     figures = {title: percent(results[key]) for key, title in metric_titles(results).items()}
+    for key, title in results.get("numbers", {}).items():
+        if results.get(key) is not None:
+            figures[title] = f"{results[key]:.4g}"
     rates = {"bpp, whole files": f"{results['bpp']:.4f}", "bpp, payload": f"{results['bpp_payload']:.4f}"}
     return {**figures, **rates, "images": str(results["images"])}
 

@@ -75,7 +75,7 @@ class PretrainConfig:
     num_workers: int = 0  # decoding processes a worker
     shuffle_shards: int = 16
     num_lanes: int = 128
-    shard_cache: str | None = None  # folder for the shards of a URL; $DICM_CACHE or the user's cache folder if not given
+    shard_cache: str | None = None  # folder for shards of a URL; $DICM_CACHE or the user's cache folder if not given
     shard_cache_limit: float = 64.0  # GiB that they may take on a node
 
     codec: CodecConfig = field(default_factory=CodecConfig)

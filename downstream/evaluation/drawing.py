@@ -14,6 +14,8 @@ from data_pipeline.contact_sheet import class_colour
 from data_pipeline.sources.annotations import decode_mask
 
 LETTERS = 13  # pixels
+GAP = 6
+REGION_TINT = 0.6
 TINT = 0.45  # share of the class colour in a pixel of a mask
 
 
@@ -25,6 +27,33 @@ def draw_caption(picture: Tensor, text: str) -> Tensor:
     draw.rectangle((left - 3, top - 2, right + 3, bottom + 2), fill="black")
     draw.text((3, 2), text, fill="white", font=font)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def draw_regions(picture: Tensor, regions: list[dict[str, Any]]) -> Tensor:
+    """The picture (3, H, W) uint8 in the colours of its classes, over a legend of those that occur: (3, H + h, W).
+
+    Args:
+        regions: `class`, `label`, `share` of the pixels and `mask` (COCO RLE).
+    """
+    height, width = picture.shape[1:]
+    masks = torch.from_numpy(np.stack([decode_mask(item["mask"], width, height) for item in regions])).bool()
+    colours = [class_colour(item["label"]) for item in regions]
+    tinted = draw_segmentation_masks(picture, masks, alpha=REGION_TINT, colors=colours)
+    font, entries = ImageFont.load_default(size=LETTERS), []
+    left = top = GAP
+    for item, colour in sorted(zip(regions, colours, strict=True), key=lambda entry: -entry[0]["share"]):
+        text = f"{item['class']} {100 * item['share']:.0f} %"
+        taken = LETTERS + GAP + round(font.getlength(text))
+        if left > GAP and left + taken > width - GAP:
+            left, top = GAP, top + LETTERS + GAP
+        entries.append((left, top, colour, text))
+        left += taken + 2 * GAP
+    legend = Image.new("RGB", (width, top + LETTERS + GAP), "white")
+    draw = ImageDraw.Draw(legend)
+    for left, top, colour, text in entries:
+        draw.rectangle((left, top, left + LETTERS - 2, top + LETTERS - 2), fill=colour)
+        draw.text((left + LETTERS + GAP // 2, top - 1), text, fill="black", font=font)
+    return torch.cat([tinted, torch.from_numpy(np.array(legend)).permute(2, 0, 1)], dim=1)
 
 
 def draw_objects(picture: Tensor, objects: list[dict[str, Any]], score: float) -> Tensor:

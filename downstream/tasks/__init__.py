@@ -15,6 +15,7 @@ TASKS = {
     "classification": "Classification",
     "detection": "Detection",
     "instance_segmentation": "InstanceSegmentation",
+    "semantic_segmentation": "SemanticSegmentation",
 }
 
 

@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from data_pipeline.loader import CanvasBatch, CanvasLoader, eval_loader, train_loader
+from data_pipeline.loader import CanvasBatch, CanvasDataset, CanvasLoader, collate, eval_loader, train_loader
+from data_pipeline.samples import facts_of, seeded, training_loader
 from data_pipeline.shards import Manifest, ShardReader
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_caption
 from downstream.frozen import RateMeter
-from downstream.tasks.task import Found, Task, settle_statistics
+from downstream.stream_cache import STREAM, StreamDataset
+from downstream.tasks.task import Found, Task, settle_statistics, shard_cache_of
 from pretrain.codec.backbone import Backbone
 from pretrain.codec.feature_codec import FeatureCodec
 
@@ -47,15 +49,17 @@ class ClassificationConfig(FinetuneConfig):
     def validate(self) -> None:
         """As `FinetuneConfig.validate`."""
         super().validate()
+        if self.probe and self.cache != "none":
+            raise TaskError(f"cache={self.cache} with probe=true is idle: a probe embeds each image once; leave it out")
         self.within(0.0, 0.99, "label_smoothing")
         self.within(0.01, 1.0, "scale_min")
         for key in ("image_size", "canvas_size"):
             if (value := getattr(self, key)) is not None and value < 32:
                 raise TaskError(f"{key}={value} is impossible; it must be at least 32, the backbone's stride")
 
-    def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps of a whole run."""
-        return PROBE_STEPS if self.probe else super().num_steps(num_samples)
+    def stages(self, num_samples: int) -> dict[str, int]:
+        """A probe has a fixed number of steps."""
+        return {"probe": PROBE_STEPS} if self.probe else super().stages(num_samples)
 
 
 class Classifier(nn.Module):
@@ -105,13 +109,13 @@ class Classification(Task[ClassificationConfig, Any]):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        if self.config.probe:
-            self.stage = "probe"
+        self._canvases: CanvasDataset | None = None
 
     @classmethod
-    def fill_in(cls, config: ClassificationConfig, codec: FeatureCodec, manifest: Manifest) -> None:
+    def fill_in(cls, config: ClassificationConfig, codec: FeatureCodec | None, manifest: Manifest) -> None:
         """Sizes are those of the codec's pretraining."""
         super().fill_in(config, codec, manifest)
+        assert codec is not None
         config.image_size = config.image_size or codec.extra.get("image_size", 224)
         config.canvas_size = config.canvas_size or codec.extra.get("canvas_size", config.image_size)
 
@@ -119,15 +123,16 @@ class Classification(Task[ClassificationConfig, Any]):
     def check_data(cls, config: ClassificationConfig, manifest: Manifest) -> Found:
         """Number of training samples; TaskError where the data set lacks labels or a split."""
         need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, REMEDY)
-        first = json.loads(ShardReader(config.data, manifest.split("train")).read(0).get("json") or b"{}")
+        reader = ShardReader(config.data, manifest.split("train"), shard_cache_of(config))
+        first = json.loads(reader.read(0).get("json") or b"{}")
         if not manifest.classes or first.get("label") is None:
             raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
         num_samples = manifest.split("train").num_samples
         need_batches(config, num_samples, per_worker=2)
         return Found(num_samples)
 
-    def network(self, backbone: Backbone) -> Classifier:
-        return Classifier(backbone, len(self.config.classes), self.config.probe)
+    def network(self) -> Classifier:
+        return Classifier(self.backbone, len(self.config.classes), self.config.probe)
 
     @property
     def _image_size(self) -> int:
@@ -140,10 +145,27 @@ class Classification(Task[ClassificationConfig, Any]):
         return self.config.canvas_size
 
     def batches(self, samples_seen: int) -> Iterator[Any]:
-        """Canvases; with `probe` the features of all training images, again and again."""
-        if not self.config.probe:
-            return iter(self._training_loader(samples_seen, self.config.num_workers))
-        return self._embedded()
+        """Canvases, or streams of crops; with `probe` the features of all training images, again and again."""
+        config, runtime = self.config, self.runtime
+        if config.probe:
+            return self._embedded()
+        if config.cache == "none":
+            return iter(self._training_loader(samples_seen, config.num_workers))
+        return iter(
+            training_loader(
+                StreamDataset.of_task(self), batch_size=config.batch_size, rank=runtime.rank, world=runtime.world,
+                num_workers=config.num_workers, seed=config.seed, samples_seen=samples_seen, quarantine=config.run,
+            )
+        )  # fmt: skip
+
+    def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
+        """A crop, as a training draws it."""
+        if self._canvases is None:
+            self._canvases = CanvasDataset(self.config.data, "train", self._canvas_size, self.shard_cache)
+        batch = collate([self._canvases[number]])
+        generator = torch.Generator(self.device)
+        generator.manual_seed(seeded(self.config.seed, view * self.found.num_samples + number))
+        return self._views(batch, generator)[0], {"json": {"label": int(self._labels(batch)[0])}}
 
     def _training_loader(self, samples_seen: int = 0, num_workers: int = 0) -> CanvasLoader:
         return train_loader(
@@ -155,6 +177,8 @@ class Classification(Task[ClassificationConfig, Any]):
             num_workers=num_workers,
             seed=self.config.seed,
             samples_seen=samples_seen,
+            cache=self.shard_cache,
+            quarantine=self.config.run,
         )
 
     def loss(
@@ -164,6 +188,10 @@ class Classification(Task[ClassificationConfig, Any]):
         if isinstance(batch, CanvasBatch):
             views, labels = self._views(batch, generator), self._labels(batch)
             logits = module(self.source.features(views))
+            loss = self.model.loss(logits, labels, self.config.label_smoothing)
+        elif isinstance(batch, list):
+            labels = torch.tensor([facts_of(sample)["label"] for sample in batch], device=self.device)
+            logits = module(torch.stack(self.source.decode_all([sample[STREAM] for sample in batch])))
             loss = self.model.loss(logits, labels, self.config.label_smoothing)
         else:
             inputs, labels = batch
@@ -249,6 +277,8 @@ class Classification(Task[ClassificationConfig, Any]):
             rank=self.runtime.rank,
             world=self.runtime.world,
             limit=limit,
+            cache=self.shard_cache,
+            quarantine=self.config.run,
         )
 
     def _centers(self, batch: CanvasBatch) -> Tensor:
@@ -262,11 +292,11 @@ class Classification(Task[ClassificationConfig, Any]):
         return center_images(canvas, aspect, self._image_size)[0]
 
     @torch.no_grad()
-    def predict(self, features: Tensor, height: int, width: int) -> dict[str, Any]:
+    def predict(self, received: Tensor, height: int, width: int) -> dict[str, Any]:
         """`classes`: the five likeliest, each with `class`, `label` and `score`."""
         self.model.eval()
         with self.autocast():
-            logits = self.model(features)
+            logits = self.model(received)
         scores, labels = logits.float().softmax(dim=1)[0].topk(min(NUM_RANKED, logits.shape[1]))
         ranked = zip(labels.tolist(), scores.tolist(), strict=True)
         return {"classes": [{"class": self.config.classes[k], "label": k, "score": score} for k, score in ranked]}

@@ -7,42 +7,62 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.io import encode_png
 
 from data_pipeline.objects import (
     ObjectDataset,
-    ObjectLoader,
     Objects,
     ObjectSample,
-    object_loader,
-    once,
+    facts_from,
+    mirror,
+    read_objects,
     shrink_image,
-    survey,
+    survey_objects,
+)
+from data_pipeline.samples import (
+    SampleDataset,
+    SampleLoader,
+    facts_of,
+    once,
+    picture_of,
+    to_tensor,
+    training_loader,
 )
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
+from downstream.channels import most_varied
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_objects
 from downstream.evaluation.objects import coco_metrics, voc_ap50
-from downstream.frozen import RateMeter, features_of
-from downstream.tasks.rcnn import COARSEST, NUM_LEVELS, Detector
-from downstream.tasks.task import Found, Task, settle_statistics
-from pretrain.codec.backbone import Backbone
+from downstream.frozen import FeatureSource, PixelInput, RateMeter, features_of, in_groups
+from downstream.gate import StaticGate
+from downstream.latents import LatentCodec, Received
+from downstream.stream_cache import STREAM, StreamDataset
+from downstream.tasks.latent_input import LatentInput, LatentOptions, create_latent_codec, gate_of
+from downstream.tasks.rcnn import COARSEST, NUM_LEVELS, Detector, GatedDetector
+from downstream.tasks.task import Found, Task, settle_statistics, shard_cache_of
+from pretrain.codec import bitstream
+from pretrain.codec.feature_codec import FeatureCodec
 
+S = TypeVar("S")
 STATISTICS_BATCH, STATISTICS_SAMPLES = 16, 128  # training images that give batch norms their statistics
 DECIMALS = 2  # of a pixel and of a score's per cent, in predictions
 
 
 @dataclass
-class DetectionConfig(FinetuneConfig):
-    """Options of a detection. The widths are torchvision's; small machines and data want less."""
+class DetectionConfig(FinetuneConfig, LatentOptions):
+    """Options of a detection. The widths are torchvision's; small machines and data want less.
+
+    With `gate`, chosen channels of latents are read in place of f3 (Liu, section 3.7).
+    """
 
     task: str = "detection"
     batch_size: int = 16
@@ -58,6 +78,9 @@ class DetectionConfig(FinetuneConfig):
     def validate(self) -> None:
         """As `FinetuneConfig.validate`."""
         super().validate()
+        self.validate_latents(self.codec)
+        if self.gate is not None and self.input == "pixels":
+            raise TaskError(f"gate={self.gate} with input=pixels is impossible; a gate chooses channels of latents")
         self.at_least(1, "fpn_channels", "hidden", "proposals", "rois")
         if self.max_side is not None and self.max_side < COARSEST:
             raise TaskError(f"max_side={self.max_side} is impossible; it must be at least {COARSEST}, P6's stride")
@@ -68,7 +91,14 @@ class DetectionConfig(FinetuneConfig):
             )
 
 
-class Detection(Task[DetectionConfig, list[ObjectSample]]):
+class Example(NamedTuple):
+    """What is learned from an image; one that was encoded before comes as a stream, its pixels only where needed."""
+
+    sample: ObjectSample
+    stream: bytes | None
+
+
+class Detection(Task[DetectionConfig, list[Example]]):
     """Boxes and classes of objects."""
 
     Config = DetectionConfig
@@ -78,7 +108,26 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
     }  # fmt: skip
     masks = False  # whether instances are outlined
     remedy = "build it with `dicm data build voc SRC OUT` or `dicm data build coco SRC OUT`"
-    model: Detector
+    numbers = {"channels": "channels"}  # noqa: RUF012
+    model: Detector | GatedDetector
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._train_set: ObjectDataset | None = None
+
+    @classmethod
+    def fill_in(cls, config: DetectionConfig, codec: FeatureCodec | None, manifest: Manifest) -> None:
+        super().fill_in(config, codec, manifest)
+        config.read_chosen()
+
+    @classmethod
+    def check_codec(cls, config: DetectionConfig, codec: FeatureCodec | None) -> None:
+        """Channels that the latent has."""
+        if config.gate is not None:
+            latents = create_latent_codec(config, codec, config.rate, torch.device("cpu"))
+            gate_of(config, latents.channels)
+            if config.gate != "none":
+                latents.need_channels()
 
     @classmethod
     def check_data(cls, config: DetectionConfig, manifest: Manifest) -> Found:
@@ -87,78 +136,153 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         what = "boxes and masks" if cls.masks else "boxes"
         if not manifest.classes:
             raise TaskError(f"{config.data} names no classes; {config.task} needs {what} with classes, {cls.remedy}")
-        surveys = {split: survey(config.data, split, len(manifest.classes), cls.masks) for split in ("train", "val")}
-        for split, found in surveys.items():
-            if not found.num_objects:
+        cache, count = shard_cache_of(config), len(manifest.classes)
+        surveys = {split: survey_objects(config.data, split, count, cls.masks, cache) for split in ("train", "val")}
+        for split, survey in surveys.items():
+            if not survey.found:
                 raise TaskError(
-                    f"{config.data}: no image of its {split} split has {what}{_reasons(found.left_out)}; "
+                    f"{config.data}: no image of its {split} split has {what}{_reasons(survey.left_out)}; "
                     f"{config.task} needs them, {cls.remedy}"
                 )
         num_samples = len(surveys["train"].usable)
         need_batches(config, num_samples, per_worker=1)
         left_out = {
-            f"{split}: {reason}": count for split, found in surveys.items() for reason, count in found.left_out.items()
+            f"{split}: {reason}": count
+            for split, survey in surveys.items()
+            for reason, count in survey.left_out.items()
         }
         return Found(num_samples, left_out, details=surveys)
 
-    def network(self, backbone: Backbone) -> Detector:
+    def make_source(self) -> FeatureSource | LatentCodec:
+        if self.config.gate is None:
+            return super().make_source()
+        return create_latent_codec(self.config, self.codec, self.config.rate, self.device)
+
+    def network(self) -> Detector | GatedDetector:
         config = self.config
-        return Detector(
-            backbone, len(config.classes), channels=config.fpn_channels, hidden=config.hidden, anchors=config.anchors,
-            proposals=config.proposals, rois=config.rois, masks=self.masks,
+        detector = Detector(
+            self.backbone, len(config.classes), channels=config.fpn_channels, hidden=config.hidden,
+            anchors=config.anchors, proposals=config.proposals, rois=config.rois, masks=self.masks,
         )  # fmt: skip
+        if config.gate is None:
+            return detector
+        front = LatentInput(gate_of(config, self.source.channels), config.transform, self.backbone.channels)
+        return GatedDetector(front, detector)
 
     def begin(self) -> None:
-        """Statistics of batch norms, which then stay: from features of training images, cut to one size."""
-        batches = self._loader(STATISTICS_BATCH * self.runtime.world, num_workers=0)
+        """Statistics of batch norms, which then stay: from features of training images, cut to one size.
+
+        Behind a gate these are f1, which the transform learns to give.
+        """
+        model, source = self.model, self.source
+        if isinstance(model, GatedDetector):
+            source = PixelInput(self.head, None, self.device)
+            if self.config.gate == "variance":
+                gate = model.front.gate
+                assert isinstance(gate, StaticGate)
+                images = (sample.image for sample in once(self.dataset("train")))
+                gate.chosen.copy_(torch.tensor(most_varied(self.source, images, self.config.num_channels)))
+        batches = self._loader(self.dataset("train"), STATISTICS_BATCH * self.runtime.world, num_workers=0)
         samples = min(STATISTICS_SAMPLES, self.found.num_samples)
+        pyramid = model.detector.pyramid if isinstance(model, GatedDetector) else model.pyramid
         with torch.no_grad(), self.autocast():
             chosen = itertools.islice(batches, max(1, samples // (STATISTICS_BATCH * self.runtime.world)))
             self.model.eval()
-            features = (_cut(features_of(self.source, self._images(batch))) for batch in chosen)
-            settle_statistics(self.model.pyramid, features, self.runtime)
+            features = (_cut(features_of(source, [sample.image.to(self.device) for sample in b])) for b in chosen)
+            settle_statistics(pyramid, features, self.runtime)
 
-    def batches(self, samples_seen: int) -> Iterator[list[ObjectSample]]:
-        return iter(self._loader(self.config.batch_size, self.config.num_workers, samples_seen))
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]:
+        """f1 of normalised images, by the frozen backbone: what F is compared with."""
+        return self.backbone.to(self.device).eval().requires_grad_(False).head
 
-    def _loader(self, batch_size: int, num_workers: int, samples_seen: int = 0) -> ObjectLoader:
+    def batches(self, samples_seen: int) -> Iterator[list[Example]]:
+        config = self.config
+        if config.cache == "none":
+            for samples in self._loader(self.dataset("train"), config.batch_size, config.num_workers, samples_seen):
+                yield [Example(sample, None) for sample in samples]
+        else:
+            streams = StreamDataset.of_task(self)
+            for raw in self._loader(streams, config.batch_size, config.num_workers, samples_seen):
+                yield [self._of_stream(sample) for sample in raw]
+
+    def _loader(
+        self, dataset: SampleDataset[S], batch_size: int, num_workers: int, samples_seen: int = 0
+    ) -> SampleLoader[S]:
         runtime = self.runtime
-        return object_loader(
-            self.dataset("train"), batch_size=batch_size, rank=runtime.rank, world=runtime.world,
-            num_workers=num_workers, seed=self.config.seed, samples_seen=samples_seen,
+        return training_loader(
+            dataset, batch_size=batch_size, rank=runtime.rank, world=runtime.world, num_workers=num_workers,
+            seed=self.config.seed, samples_seen=samples_seen, quarantine=self.config.run,
         )  # fmt: skip
 
     def dataset(self, split: str) -> ObjectDataset:
         """The usable samples of a split."""
-        config, found = self.config, self.found.details[split]
-        return ObjectDataset(config.data, split, found, len(config.classes), self.masks, config.max_side)
+        config, usable = self.config, self.found.details[split].usable
+        return ObjectDataset(
+            config.data, split, usable, len(config.classes), self.masks, config.max_side, self.shard_cache
+        )
 
-    def _images(self, batch: Sequence[ObjectSample]) -> list[Tensor]:
-        return [sample.image.to(self.device) for sample in batch]
+    @property
+    def num_views(self) -> int:
+        """The image, and the image mirrored."""
+        return 2 if self.config.flip else 1
+
+    def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
+        """The image or its mirror image; pixels go along where the loss compares with their features."""
+        if self._train_set is None:
+            self._train_set = self.dataset("train")
+        sample = self._train_set[number]
+        if view:
+            sample = mirror(sample)
+        height, width = _size(sample.image)
+        fields: dict[str, Any] = {"json": facts_from(sample.objects, width, height)}
+        if self._distils:
+            fields["png"] = encode_png(sample.image.contiguous(), 1).numpy().tobytes()
+        return sample.image, fields
+
+    @property
+    def _distils(self) -> bool:
+        return self.config.gate is not None and self.config.feature_weight > 0
+
+    def _of_stream(self, raw: dict[str, Any]) -> Example:
+        facts = facts_of(raw)
+        objects, _ = read_objects(facts, facts["width"], facts["height"], len(self.config.classes), self.masks)
+        image = torch.empty(3, facts["height"], facts["width"], dtype=torch.uint8, device="meta")
+        if "png" in raw:
+            image = to_tensor(picture_of(raw))
+        return Example(ObjectSample(image, objects, -1, raw["__key__"]), raw[STREAM])
 
     def loss(
-        self, module: Callable[..., dict[str, Tensor]], batch: list[ObjectSample], generator: torch.Generator
+        self, module: Callable[..., dict[str, Tensor]], batch: list[Example], generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Sum of torchvision's losses, and each."""
-        flips = [False] * len(batch)
-        if self.config.flip:
+        """Sum of torchvision's losses and, behind a gate, of the distance between F and f1; and each."""
+        samples = [example.sample for example in batch]
+        streams = [example.stream for example in batch if example.stream is not None]
+        if self.config.flip and not streams:
             flips = (torch.rand(len(batch), generator=generator, device=self.device) < 0.5).tolist()
-        images = [image.flip(-1) if flip else image for image, flip in zip(self._images(batch), flips, strict=True)]
-        targets = [self._target(sample, flip) for sample, flip in zip(batch, flips, strict=True)]
-        losses = module(features_of(self.source, images), [_size(image) for image in images], targets)
+            samples = [mirror(sample) if flip else sample for sample, flip in zip(samples, flips, strict=True)]
+        images, sizes = [sample.image for sample in samples], [_size(sample.image) for sample in samples]
+        targets = [self._target(sample) for sample in samples]
+        if self.config.gate is None:
+            features = self.source.decode_all(streams) if streams else features_of(self.source, images)
+            losses = module(features, sizes, targets)
+        else:
+            y_hats = [self.source.decode(stream)[0] for stream in streams] or in_groups(
+                images, _size, lambda group: list(self.source.latents(torch.stack(group)))
+            )
+            guides = features_of(PixelInput(self.head, None, self.device), images) if self._distils else None
+            losses = module(y_hats, sizes, targets, guides)
+            if guides is not None:
+                losses["feature_mse"] = self.config.feature_weight * losses["feature_mse"]
         return torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}
 
-    def _target(self, sample: ObjectSample, flip: bool) -> dict[str, Tensor]:
+    def _target(self, sample: ObjectSample) -> dict[str, Tensor]:
         """What is learned of an image; crowds and difficult objects are not."""
-        objects, width = sample.objects, sample.image.shape[-1]
+        objects = sample.objects
         chosen = ~objects.ignored
-        boxes = objects.boxes[chosen]
-        if flip:
-            boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], dim=1)
-        target = {"boxes": boxes, "labels": objects.labels[chosen]}
+        target = {"boxes": objects.boxes[chosen], "labels": objects.labels[chosen]}
         if objects.masks is not None:
-            masks = objects.masks[chosen]
-            target["masks"] = masks.flip(-1) if flip else masks
+            target["masks"] = objects.masks[chosen]
         return {name: value.to(self.device) for name, value in target.items()}
 
     @torch.no_grad()
@@ -166,16 +290,31 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         """Average precisions and rates, image by image: a result does not depend on what stands beside it."""
         self.model.eval()
         rates, lines = RateMeter(), []
-        for (sample,) in once(self.dataset("val"), rank=self.runtime.rank, world=self.runtime.world):
+        runtime, channels = self.runtime, 0
+        dataset = self.dataset("val")
+        for sample in once(dataset, rank=runtime.rank, world=runtime.world, quarantine=self.config.run):
             height, width = _size(sample.image)
-            features, sizes, payloads = self.source.through_streams(sample.image[None].to(self.device))
-            rates.add(sizes, payloads, height, width)
+            received, size, payload = self._through_stream(sample.image)
+            rates.add(torch.tensor([size]), torch.tensor([payload]), height, width)
+            channels += received.latents.shape[1] if isinstance(received, Received) else 0
             record = {
                 "image": sample.index, "height": height, "width": width,
-                "truth": truth_of(sample.objects), "found": self._find(features, height, width),
+                "truth": truth_of(sample.objects), "found": self._find(received, height, width),
             }  # fmt: skip
             lines.append(json.dumps(record))
-        return {**self.measure(self._gathered(lines)), **rates.rates(self.runtime)}
+        measured = {**self.measure(self._gathered(lines)), **rates.rates(runtime)}
+        if self.config.gate is not None:
+            total = runtime.gather(torch.tensor([channels], device=self.device)).sum()
+            measured["channels"] = float(total) / measured["images"]
+        return measured
+
+    def _through_stream(self, image: Tensor) -> tuple[Any, int, int]:
+        """What is received of an image, the stream's bytes, and those of its payload."""
+        if not isinstance(self.model, GatedDetector):
+            features, sizes, payloads = self.source.through_streams(image[None].to(self.device))
+            return features, int(sizes[0]), int(payloads[0])
+        stream = self.source.encode(image.to(self.device), self.model.front.gate.choice)
+        return self.source.receive(stream), len(stream), sum(bitstream.describe(stream).layers.values())
 
     def measure(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Metrics of the records of all images."""
@@ -188,20 +327,23 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         text = self.runtime.gather(torch.from_numpy(data.copy()).to(self.device)).cpu().numpy().tobytes().decode()
         return sorted((json.loads(line) for line in text.splitlines()), key=lambda record: record["image"])
 
-    def _find(self, features: Tensor, height: int, width: int) -> dict[str, Any]:
+    def _find(self, received: Any, height: int, width: int) -> dict[str, Any]:
         """Detections of one image, plain values."""
         with self.autocast():
-            (found,) = self.model(list(features), [(height, width)])
+            if isinstance(self.model, GatedDetector):
+                found = self.model.from_base(received)
+            else:
+                (found,) = self.model(list(received), [(height, width)])
         values = {name: found[name].tolist() for name in ("boxes", "labels", "scores")}
         if "masks" in found:
             values["masks"] = [encode_mask(mask) for mask in found["masks"].cpu().numpy()]
         return values
 
     @torch.no_grad()
-    def predict(self, features: Tensor, height: int, width: int) -> dict[str, Any]:
+    def predict(self, received: Any, height: int, width: int) -> dict[str, Any]:
         """`objects`: each with `class`, `label`, `score`, `box` in pixels and, where masks are predicted, `mask`."""
         self.model.eval()
-        found = self._find(features, height, width)
+        found = self._find(received, height, width)
         names = self.config.classes
         objects = [
             {"class": names[label], "label": label, "score": score, "box": [round(side, DECIMALS) for side in box]}
@@ -210,6 +352,24 @@ class Detection(Task[DetectionConfig, list[ObjectSample]]):
         for item, mask in zip(objects, found.get("masks", ()), strict=False):
             item["mask"] = mask
         return {"objects": objects}
+
+    def receive_image(self, image: Tensor) -> tuple[Any, int]:
+        received, size, _ = self._through_stream(image)
+        return received, size
+
+    def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
+        if self.config.gate is None:
+            return super().receive_stream(stream)
+        received = self.source.receive(stream)
+        return received, received.height, received.width
+
+    def picture(self, received: Any, height: int, width: int) -> Tensor:
+        """The features, or F as the network makes it of the latents."""
+        if not isinstance(self.model, GatedDetector):
+            return super().picture(received, height, width)
+        with torch.no_grad(), self.autocast():
+            features = self.model.front.from_base(received)
+        return super().picture(features.float(), height, width)
 
     def prepare(self, image: Tensor) -> Tensor:
         """The image itself, or shrunk as those of the data set were."""

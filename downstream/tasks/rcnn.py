@@ -28,6 +28,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from downstream.latents import Received
+from downstream.tasks.latent_input import LatentInput, cut, feature_distance
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone, multiple_of
 
 NUM_LEVELS = 5  # P2 to P6
@@ -154,9 +156,46 @@ class Detector(nn.Module):
         return detections
 
 
-def pad_features(features: Sequence[Tensor]) -> Tensor:
-    """(N, C, h, w): features of images of any sizes, padded with zeros to the largest, a whole number of P6's cells."""
-    step = COARSEST // HEAD_STRIDE
+class GatedDetector(nn.Module):
+    """A detector on gated latents: gate and transform give it what it reads as C2."""
+
+    def __init__(self, front: LatentInput, detector: Detector):
+        super().__init__()
+        self.front, self.detector = front, detector
+
+    def forward(
+        self,
+        y_hats: Sequence[Tensor],
+        sizes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+        guides: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Losses of images by name, with `feature_mse` where there are guides.
+
+        Args:
+            y_hats: latents (C, h, w) of each image.
+            sizes, targets: as for `Detector`.
+            guides: (C1, ceil(H/4), ceil(W/4)) of each image, which F is compared with.
+        """
+        # Each image's own gate decides before any padding, which it would take for content.
+        gated = [self.front.gate(y_hat[None])[0] for y_hat in y_hats]
+        transformed = self.front.transform(pad_features(gated, 1))
+        features = [cut(one, *size) for one, size in zip(transformed, sizes, strict=True)]
+        losses: dict[str, Tensor] = self.detector(features, sizes, targets)
+        if guides is None:
+            return losses
+        distances = [feature_distance(one, guide) for one, guide in zip(features, guides, strict=True)]
+        return {**losses, "feature_mse": torch.stack(distances).mean()}
+
+    def from_base(self, received: Received) -> dict[str, Tensor]:
+        """Detections, as `Detector` gives them, of what a stream's base gave."""
+        features = self.front.from_base(received)
+        (found,) = self.detector(list(features), [(received.height, received.width)])
+        return found
+
+
+def pad_features(features: Sequence[Tensor], step: int = COARSEST // HEAD_STRIDE) -> Tensor:
+    """(N, C, h, w): features of any sizes, padded with zeros to the largest, in multiples of `step`: P6's cells."""
     height, width = (multiple_of(max(one.shape[axis] for one in features), step) for axis in (-2, -1))
     padded = [F.pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2])) for one in features]
     return torch.stack(padded).contiguous(memory_format=torch.channels_last)

@@ -4,110 +4,112 @@
     x -> frozen stem and layer1 of a DeepLabv3 that was trained on raw images -> F_gt         (teacher)
 
 Loss: cross-entropy + 1.0 * MSE(F, F_gt). Adam, 1e-3, then 1e-4 after three quarters of the epochs. The metric is mean
-IoU over the classes that occur, in the truth or the prediction; pixels of class 255 count nowhere.
+IoU over the classes that occur, in the truth or the prediction; pixels of class 255 count nowhere. A run trains its
+teacher first, into RUN/teacher.pt, unless `teacher` names one. With input=pixels the whole DeepLabv3 is trained on
+decoded pixels, to compare with.
 
 Source: Liu, Sun, Katto 2022, sections 2 and 3.1.
 """
 
 from __future__ import annotations
 
-import copy
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import MISSING
+from timm.scheduler import MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms import v2
 
-from downstream.compressai_latents import create_latents, load_model
+from data_pipeline.masks import IGNORE, MaskDataset, TrainingCrops, survey_masks
+from data_pipeline.samples import once, training_loader
+from data_pipeline.shards import Manifest
+from data_pipeline.sources.annotations import encode_mask
+from data_pipeline.views import normalize
+from downstream.channels import most_varied
+from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
-from downstream.gate import GATES, Gate
-from downstream.latents import FeatureLatents, LatentCodec, Received
-from downstream.tasks.deeplab import DeepLab, enlarge
-from downstream.tasks.masked_images import IGNORE
-from downstream.transform import TRANSFORMS, LatentTransform
+from downstream.evaluation.anchors import create_anchor
+from downstream.evaluation.drawing import draw_regions
+from downstream.evaluation.segmentation import SegmentationMetric, class_scores, constant_scores, scores
+from downstream.frozen import PixelInput, RateMeter
+from downstream.gate import Gate, StaticGate
+from downstream.latents import LatentCodec, Received
+from downstream.stream_cache import STREAM, StreamDataset
+from downstream.tasks.deeplab import DeepLab, SegmentationTail, enlarge, load_deeplab
+from downstream.tasks.latent_input import LatentInput, LatentOptions, create_latent_codec, feature_distance, gate_of
+from downstream.tasks.task import Found, Task, shard_cache_of
+from pretrain.codec import bitstream
+from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.coding import read_channels
+from pretrain.feature_picture import feature_picture
+
+TEACHER = "teacher.pt"
+REMEDY = "build it with `dicm data build cityscapes SRC OUT` or `dicm data build voc SRC OUT`"
+DROP = 0.1  # of the learning rate
 
 
 @dataclass
-class SegmentationConfig:
-    """Everything that a training of semantic segmentation depends on; defaults are Liu's where he gives them."""
+class SegmentationConfig(FinetuneConfig, LatentOptions):
+    """Options of a semantic segmentation; defaults are Liu's where he gives them."""
 
-    data: str = MISSING  # folder with dataset.json and shards
-    run: str = "runs/segmentation"
     codec: str | None = None  # latents=codec: exported codec, folder or hub id
-    latents: str = "codec"  # or a model of CompressAI's zoo: bmshj2018-hyperprior is the paper's
-    quality: int = 4  # of a zoo model's weights
-    metric: str = "mse"
-    weights: str = "zoo"  # or a file
-    rate: float | None = None  # latents=codec: 0..1, of a codec with a range of rates
+    task: str = "semantic_segmentation"
+    gate: str | None = "dynamic"
 
-    gate: str = "dynamic"
-    num_channels: int = 32  # gate=variance: how many are kept
-    channels: str | None = None  # gate=static: file that `dicm select-channels` wrote
-    transform: str = "deconv"
-    backbone: str = "resnet50"
-    teacher: str | None = None  # weights of a DeepLabv3; trained first where none are given
-    start: str = "codec"  # the teacher's ResNet before training: that of `codec` where it is the same; or random
-    feature_weight: float = 1.0  # of MSE(F, F_gt)
+    backbone: str | None = None  # of the DeepLabv3; the codec's if not given, without a codec resnet50
+    teacher: str | None = None  # weights of a DeepLabv3; trained first if not given
+    start: str = "codec"  # the ResNet before training: that of the codec, where it is the same; or random
 
     height: int = 512  # of training crops, pixels
     width: int = 1024
-    short_side: int | None = None  # images are resized to it first
+    short_side: int | None = None  # images are resized to it before all else; none: they keep their size
     scale_min: float = 0.5  # of training images, relative to the size at which one just fits the crop
     scale_max: float = 2.0
     epochs: int = 400
     teacher_epochs: int = 400
-    drop_at: float = 0.75  # share of the epochs after which the learning rate is a tenth
+    drop_at: float = 0.75  # share of the steps after which the learning rate is a tenth
+    optimizer: str = "adam"
     lr: float = 1e-3
+    weight_decay: float = 0.0
     batch_size: int = 8
-    precision: str = "bf16"
-    seed: int = 0
 
     def validate(self) -> None:
-        """Refuse what cannot work, before any work starts (TaskError)."""
-        for key, valid in {
-            "gate": GATES,
-            "transform": TRANSFORMS,
-            "start": ("codec", "random"),
-            "precision": ("fp32", "bf16"),
-        }.items():
-            if (value := getattr(self, key)) not in valid:
-                raise TaskError(f"{key}={value} is unknown; use one of {', '.join(valid)}")
-        if (self.latents == "codec") != (self.codec is not None):
-            given = f"latents={self.latents} codec={self.codec}"
-            raise TaskError(f"{given}: a codec is named where its latents are read, latents=codec, and only there")
-        if (self.gate == "static") != (self.channels is not None):
-            given = f"gate={self.gate} channels={self.channels}"
-            raise TaskError(f"{given}: gate=static needs the file of `dicm select-channels`, other gates take none")
-        for key in ("num_channels", "epochs", "teacher_epochs", "batch_size"):
-            if getattr(self, key) < 1:
-                raise TaskError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
+        """As `FinetuneConfig.validate`."""
+        self.validate_latents(self.codec)
+        super().validate()
+        if self.gate is None:
+            raise TaskError("gate=null: semantic_segmentation reads latents; gate=none takes all their channels")
+        if self.start not in ("codec", "random"):
+            raise TaskError(f"start={self.start} is unknown; use one of codec, random")
+        self.at_least(1, "teacher_epochs")
         for key in ("height", "width", "short_side"):
             if (value := getattr(self, key)) is not None and value < 64:
                 raise TaskError(f"{key}={value} is impossible; it must be at least 64")
         if not 0.1 <= self.scale_min <= self.scale_max <= 10:
             raise TaskError(f"scale_min={self.scale_min:g} scale_max={self.scale_max:g}: must rise within 0.1..10")
-        if self.lr <= 0 or self.feature_weight < 0 or not 0 < self.drop_at <= 1:
-            raise TaskError(
-                f"lr={self.lr:g}, feature_weight={self.feature_weight:g}, drop_at={self.drop_at:g}: "
-                "must be positive, not negative, and a share in 0..1"
-            )
+        self.within(0.01, 1.0, "drop_at")
 
+    def needs_codec(self) -> bool:
+        """Other latents need none."""
+        return self.latents == "codec"
 
-def create_latent_codec(config: SegmentationConfig, device: torch.device) -> LatentCodec:
-    """The frozen latents that `config` names (CodecError, TaskError: unusable)."""
-    if config.codec is not None:
-        return FeatureLatents(FeatureCodec.from_pretrained(config.codec), device, config.rate)
-    return create_latents(load_model(config.latents, config.quality, config.weights, config.metric), device)
-
-
-def chosen_channels(config: SegmentationConfig) -> list[int] | None:
-    """The channels of gate=static; None for the gates that choose by themselves."""
-    return None if config.channels is None else read_channels(Path(config.channels))
+    def stages(self, num_samples: int) -> dict[str, int]:
+        """The teacher first, where one is needed and none is given."""
+        steps = num_samples // self.batch_size
+        if self.input == "pixels":
+            return {"pixels": self.epochs * steps}
+        student = {"student": self.epochs * steps}
+        if self.teacher is not None:
+            return student
+        return {"teacher": self.teacher_epochs * steps, **student}
 
 
 class SegmentationNetwork(nn.Module):
@@ -116,39 +118,316 @@ class SegmentationNetwork(nn.Module):
     Args:
         gate: over the latent's channels.
         kind: of the transform.
-        teacher: its part behind F is where the student's starts; the teacher itself is not changed.
+        deeplab: whose tail, behind F, becomes the student's.
     """
 
-    def __init__(self, gate: Gate, kind: str, teacher: DeepLab):
+    def __init__(self, gate: Gate, kind: str, deeplab: DeepLab):
         super().__init__()
-        self.gate = gate
-        self.transform = LatentTransform(kind, gate.num_inputs, teacher.channels)
-        self.tail = copy.deepcopy(teacher.tail).requires_grad_(True)
+        self.input = LatentInput(gate, kind, deeplab.channels)
+        self.tail: SegmentationTail = deeplab.tail
 
     def forward(self, y_hat: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Logits (N, num_classes, height, width) and F (N, C1, ceil(height/4), ceil(width/4)) of images' y_hat.
-
-        Args:
-            y_hat: (N, C, h, w), all channels; the gate takes its own.
-            height, width: of the images, pixels.
-        """
-        return self._read(self.transform(self.gate(y_hat)), height, width)
+        """Logits (N, num_classes, height, width) and F (N, C1, ceil(height/4), ceil(width/4)) of images' y_hat."""
+        features = self.input(y_hat, height, width)
+        return self.read(features, height, width), features
 
     def from_base(self, received: Received) -> Tensor:
-        """Logits (1, num_classes, height, width) of what a stream's base gave; only its channels are computed with."""
-        # A static gate's transform has no other inputs than its channels; a dynamic one's has all of them.
-        channels = received.channels if self.gate.num_inputs == self.gate.channels else None
-        if channels is None and received.latents.shape[1] != self.gate.num_inputs:
-            raise TaskError(
-                f"stream carries {received.latents.shape[1]} channels, this network reads {self.gate.num_inputs}; "
-                "encode with the channels that it was trained on"
-            )
-        features = self.transform(received.latents, channels)
-        return self._read(features, received.height, received.width)[0]
+        """Logits (1, num_classes, height, width) of what a stream's base gave."""
+        return self.read(self.input.from_base(received), received.height, received.width)
 
-    def _read(self, features: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        features = features[..., : -(-height // 4), : -(-width // 4)]
-        return enlarge(self.tail(features).float(), height, width), features
+    def read(self, features: Tensor, height: int, width: int) -> Tensor:
+        """Logits of F."""
+        return enlarge(self.tail(features).float(), height, width)
+
+
+class MaskBatch(NamedTuple):
+    """What a step learns from."""
+
+    images: Tensor | None  # (N, 3, H, W) uint8; None where streams are read and no pixel is needed
+    masks: Tensor  # (N, H, W) int64
+    streams: list[bytes] | None  # cache=bitstreams
+
+
+class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
+    """A class for each pixel."""
+
+    Config = SegmentationConfig
+    metrics = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}  # noqa: RUF012
+    numbers = {"channels": "channels"}  # noqa: RUF012
+    model: SegmentationNetwork | DeepLab
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._teacher_head: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def load_codec(cls, config: SegmentationConfig, folder: str | None = None) -> FeatureCodec | None:
+        """None for latents of another model, where `codec` does not name one to start from."""
+        return super().load_codec(config, folder) if config.codec is not None or folder is not None else None
+
+    @classmethod
+    def fill_in(cls, config: SegmentationConfig, codec: FeatureCodec | None, manifest: Manifest) -> None:
+        """The network's ResNet is the codec's."""
+        super().fill_in(config, codec, manifest)
+        config.backbone = config.backbone or (codec.config.backbone if codec is not None else "resnet50")
+        config.read_chosen()
+
+    @classmethod
+    def class_names(cls, manifest: Manifest) -> list[str]:
+        return list(manifest.mask_names)
+
+    @classmethod
+    def check_data(cls, config: SegmentationConfig, manifest: Manifest) -> Found:
+        """Surveys of both splits; TaskError where one is missing or has no masks."""
+        need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, REMEDY)
+        cache = shard_cache_of(config)
+        surveys = {name: survey_masks(config.data, name, len(config.classes), cache) for name in ("train", "val")}
+        for split, found in surveys.items():
+            if not len(found.usable):
+                reasons = "".join(f", {count} x {reason}" for reason, count in found.left_out.items())
+                raise TaskError(
+                    f"{config.data}: no image of its {split} split has a semantic mask{reasons}; "
+                    f"semantic_segmentation needs them, {REMEDY}"
+                )
+        # A batch norm behind ASPP's pooling sees one value of each image: one image alone has no variance.
+        need_batches(config, len(surveys["train"].usable), per_worker=2)
+        left_out = {
+            f"{split}: {reason}": count for split, found in surveys.items() for reason, count in found.left_out.items()
+        }
+        return Found(len(surveys["train"].usable), left_out, details=surveys)
+
+    @classmethod
+    def check_codec(cls, config: SegmentationConfig, codec: FeatureCodec | None) -> None:
+        """Channels that the latent has, a backbone that fits the codec's, a teacher that can be read."""
+        assert config.backbone is not None
+        if config.start == "codec" and codec is not None and config.backbone != codec.config.backbone:
+            raise TaskError(
+                f"backbone={config.backbone} is not the codec's, {codec.config.backbone}, whose weights it should "
+                "start from; leave it out, or set start=random"
+            )
+        if config.teacher is not None:
+            load_deeplab(Path(config.teacher), config.backbone, len(config.classes))
+        if config.input == "streams":
+            latents = create_latent_codec(config, codec, config.rate, torch.device("cpu"))
+            gate_of(config, latents.channels)
+            if config.gate != "none":
+                latents.need_channels()
+
+    def make_source(self) -> LatentCodec | PixelInput:
+        config = self.config
+        if config.input == "pixels":
+            anchor = create_anchor(config.anchor, config.anchor_weights) if config.anchor else None
+            return PixelInput(nn.Identity(), anchor, self.device)
+        return create_latent_codec(config, self.codec, config.rate, self.device)
+
+    def network(self) -> nn.Module:
+        """What the stage trains; a student's tail and a static gate's channels come in `begin`."""
+        deeplab = self._new_deeplab()
+        if self.stage in ("teacher", "pixels"):
+            return deeplab
+        return SegmentationNetwork(gate_of(self.config, self.source.channels), self.config.transform, deeplab)
+
+    def _new_deeplab(self) -> DeepLab:
+        assert self.config.backbone is not None
+        return DeepLab(self.config.backbone, len(self.config.classes))
+
+    def begin(self) -> None:
+        """Start from the codec's ResNet (teacher), or from the teacher (student)."""
+        config = self.config
+        if isinstance(self.model, DeepLab) and (self.stage == "teacher" or config.teacher is None):
+            if config.start == "codec" and self.codec is not None:
+                self.model.start_from(self.codec.backbone)
+            return
+        teacher = self._load_teacher()
+        if isinstance(self.model, DeepLab):
+            self.model.load_state_dict(teacher.state_dict())
+            return
+        self.model.tail.load_state_dict(teacher.tail.state_dict())
+        if config.gate == "variance":
+            gate = self.model.input.gate
+            assert isinstance(gate, StaticGate)
+            images = (sample.image for sample in once(self.dataset("train")))
+            gate.chosen.copy_(torch.tensor(most_varied(self.source, images, config.num_channels)))
+
+    def _load_teacher(self) -> DeepLab:
+        assert self.config.backbone is not None
+        path = Path(self.config.teacher or Path(self.config.run) / TEACHER)
+        return load_deeplab(path, self.config.backbone, len(self.config.classes))
+
+    @property
+    def teacher_head(self) -> Callable[[Tensor], Tensor]:
+        """F_gt (N, C1, H/4, W/4) of normalised images, by the frozen stem and layer1 of the teacher."""
+        if self._teacher_head is None:
+            teacher = self._load_teacher().eval().requires_grad_(False)
+            self._teacher_head = teacher.to(self.device, memory_format=torch.channels_last).head  # type: ignore[call-overload]
+        return self._teacher_head
+
+    def finish(self) -> None:
+        """Keep a trained teacher, for this run and others."""
+        if self.stage == "teacher" and self.runtime.rank == 0:
+            path = Path(self.config.run) / TEACHER
+            temporary = path.with_name(f".{TEACHER}.{os.getpid()}")
+            torch.save({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, temporary)
+            os.replace(temporary, path)
+        self.runtime.barrier()
+
+    def dataset(self, split: str) -> MaskDataset:
+        """The usable samples of a split; those for training as crops."""
+        config = self.config
+        crops = TrainingCrops((config.height, config.width), (config.scale_min, config.scale_max))
+        return MaskDataset(
+            config.data, split, self.found.details[split].usable, len(config.classes), config.short_side,
+            crops if split == "train" else None, config.seed, self.shard_cache,
+        )  # fmt: skip
+
+    def batches(self, samples_seen: int) -> Iterator[MaskBatch]:
+        config, runtime = self.config, self.runtime
+        options: dict[str, Any] = {
+            "batch_size": config.batch_size, "rank": runtime.rank, "world": runtime.world, "seed": config.seed,
+            "num_workers": config.num_workers, "samples_seen": samples_seen, "quarantine": config.run,
+        }  # fmt: skip
+        if config.cache == "bitstreams" and self.stage != "teacher":
+            for samples in training_loader(StreamDataset.of_task(self), **options):
+                yield self._of_streams(samples)
+        else:
+            for crops in training_loader(self.dataset("train"), **options):
+                images = torch.stack([crop.image for crop in crops]).to(self.device)
+                yield MaskBatch(images, torch.stack([crop.mask for crop in crops]).long().to(self.device), None)
+
+    def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
+        """A crop, as a training draws it; the pixels go along, where the loss compares with the teacher's features."""
+        dataset = self.dataset("train")
+        position = view * len(dataset) + number
+        crop = dataset.load(dataset.raw(number, None), int(dataset.usable[number]), position)
+        fields: dict[str, Any] = {"mask.png": _png(crop.mask.numpy())}
+        if self._distils:
+            fields["png"] = _png(crop.image.permute(1, 2, 0).numpy()[..., ::-1])
+        return crop.image, fields
+
+    @property
+    def _distils(self) -> bool:
+        return self.config.input == "streams" and self.config.feature_weight > 0
+
+    def _of_streams(self, samples: list[dict[str, Any]]) -> MaskBatch:
+        images = None
+        if self._distils:
+            pixels = [_decoded(sample["png"], cv2.IMREAD_COLOR_RGB) for sample in samples]
+            images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)
+        masks = np.stack([_decoded(sample["mask.png"], cv2.IMREAD_UNCHANGED) for sample in samples])
+        streams = [sample[STREAM] for sample in samples]
+        return MaskBatch(images, torch.from_numpy(masks).long().to(self.device), streams)
+
+    def loss(
+        self, module: Callable[..., Any], batch: MaskBatch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """L = cross-entropy + feature_weight * MSE(F, F_gt) (Liu, equations 1 to 3); of DeepLabv3s, the first alone."""
+        config = self.config
+        if self.stage == "teacher":
+            assert batch.images is not None
+            cross_entropy = segmentation_loss(module(normalize(batch.images.float() / 255)), batch.masks)
+            return cross_entropy, {"cross_entropy": cross_entropy.detach()}
+        if self.stage == "pixels":
+            pixels = torch.stack(self.source.decode_all(batch.streams)) if batch.streams else None
+            pixels = self.source.features(batch.images) if pixels is None else pixels
+            cross_entropy = segmentation_loss(module(pixels), batch.masks)
+            return cross_entropy, {"cross_entropy": cross_entropy.detach()}
+        if batch.streams is not None:
+            y_hat = torch.cat([self.source.decode(stream) for stream in batch.streams])
+        else:
+            y_hat = self.source.latents(batch.images)
+        logits, features = module(y_hat, *batch.masks.shape[-2:])
+        cross_entropy = segmentation_loss(logits, batch.masks)
+        figures = {"cross_entropy": cross_entropy.detach()}
+        if not config.feature_weight:
+            return cross_entropy, figures
+        assert batch.images is not None
+        with torch.no_grad():
+            target = self.teacher_head(normalize(batch.images.float() / 255))
+        distance = feature_distance(features, target)
+        return cross_entropy + config.feature_weight * distance, {**figures, "feature_mse": distance.detach()}
+
+    def scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Scheduler:
+        """A tenth of the rate after `drop_at`."""
+        drop = round(self.config.drop_at * num_steps)
+        return MultiStepLRScheduler(optimizer, decay_t=[drop], decay_rate=DROP, t_in_epochs=False)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """mIoU and rate from real streams that carry the chosen channels and their list, nothing else."""
+        self.model.eval()
+        metric, rates, channels = SegmentationMetric(len(self.config.classes)), RateMeter(), 0
+        dataset, runtime = self.dataset("val"), self.runtime
+        for sample in once(dataset, rank=runtime.rank, world=runtime.world, quarantine=self.config.run):
+            height, width = sample.mask.shape
+            received, size, payload = self._through_stream(sample.image)
+            metric.update(self._logits(received, height, width).argmax(dim=1), sample.mask[None])
+            rates.add(torch.tensor([size]), torch.tensor([payload]), height, width)
+            channels += received.latents.shape[1] if isinstance(received, Received) else 0
+        confusion = runtime.gather(metric.confusion()[None].to(self.device)).sum(0).cpu()
+        total = runtime.gather(torch.tensor([channels], device=self.device)).sum()
+        measured = rates.rates(runtime)
+        return {
+            **scores(confusion),
+            "class_iou": dict(zip(self.config.classes, class_scores(confusion), strict=True)),
+            "constant_miou": constant_scores(confusion)["miou"],
+            **measured,
+            "channels": float(total) / measured["images"] if self.config.input == "streams" else None,
+        }
+
+    def _through_stream(self, image: Tensor) -> tuple[Any, int, int]:
+        """What is received of an image, the stream's bytes, and those of its payload."""
+        if isinstance(self.model, DeepLab):
+            pixels, sizes, payloads = self.source.through_streams(image[None])
+            return pixels, int(sizes[0]), int(payloads[0])
+        stream = self.source.encode(image.to(self.device), self.model.input.gate.choice)
+        return self.source.receive(stream), len(stream), sum(bitstream.describe(stream).layers.values())
+
+    def _logits(self, received: Any, height: int, width: int) -> Tensor:
+        with self.autocast():
+            if isinstance(self.model, DeepLab):
+                return self.model(received).float()
+            return self.model.from_base(received)
+
+    def receive_image(self, image: Tensor) -> tuple[Any, int]:
+        received, size, _ = self._through_stream(image)
+        return received, size
+
+    def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
+        received = self.source.receive(stream)
+        return received, received.height, received.width
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """The image itself, or resized as those of the data set were."""
+        side = self.config.short_side
+        return image if side is None else v2.functional.resize(image, [side], antialias=True)
+
+    @torch.no_grad()
+    def predict(self, received: Any, height: int, width: int) -> dict[str, Any]:
+        """`regions`: each class that occurs with `class`, `label`, `share` of the pixels and `mask` (COCO RLE)."""
+        self.model.eval()
+        labels = self._logits(received, height, width).argmax(dim=1)[0].cpu()
+        counts = labels.flatten().bincount(minlength=len(self.config.classes)).tolist()
+        return {
+            "regions": [
+                {
+                    "class": name, "label": label, "share": count / labels.numel(),
+                    "mask": encode_mask((labels == label).numpy().astype(np.uint8)),
+                }
+                for label, (name, count) in enumerate(zip(self.config.classes, counts, strict=True))
+                if count
+            ]
+        }  # fmt: skip
+
+    def picture(self, received: Any, height: int, width: int) -> Tensor:
+        """F, as the network makes it of the latents."""
+        assert isinstance(self.model, SegmentationNetwork)
+        with torch.no_grad(), self.autocast():
+            features = self.model.input.from_base(received)
+        return feature_picture(features[0].float().cpu(), HEAD_STRIDE)[:, :height, :width]
+
+    def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
+        """A colour for each class, and a legend."""
+        return draw_regions(picture, prediction["regions"])
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -157,47 +436,10 @@ def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return losses / (masks != IGNORE).sum().clamp(min=1)
 
 
-def student_loss(logits: Tensor, masks: Tensor, features: Tensor, target: Tensor, weight: float) -> Tensor:
-    """L = cross-entropy + weight * MSE(F, F_gt) (Liu, equations 1 to 3)."""
-    return segmentation_loss(logits, masks) + weight * F.mse_loss(features.float(), target.float())
+def _png(pixels: np.ndarray) -> bytes:
+    """PNG of (H, W) or, in OpenCV's order, (H, W, 3)."""
+    return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
 
-def learning_rate(config: SegmentationConfig, progress: float) -> float:
-    """At `progress` 0..1 of the run: `lr`, a tenth of it after `drop_at`."""
-    return config.lr if progress < config.drop_at else 0.1 * config.lr
-
-
-class SegmentationMetric:
-    """Confusion of pixels, gathered image by image; its matrix adds up over ranks."""
-
-    def __init__(self, num_classes: int):
-        self.matrix = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORE)
-
-    def update(self, predicted: Tensor, masks: Tensor) -> None:
-        """Add classes (N, H, W) predicted for masks (N, H, W)."""
-        self.matrix.update(predicted.cpu(), masks.cpu().long())
-
-    def confusion(self) -> Tensor:
-        """(K, K) float64: pixels of a true class (row) by the class predicted (column)."""
-        return self.matrix.confmat.double()
-
-    def results(self) -> dict[str, float]:
-        """`miou` and `pixel_accuracy`, 0..1."""
-        return scores(self.confusion())
-
-
-def scores(confusion: Tensor) -> dict[str, float]:
-    """Mean IoU over classes that occur in truth or prediction, and accuracy over pixels, of a confusion (K, K)."""
-    hits = confusion.diagonal()
-    union = confusion.sum(0) + confusion.sum(1) - hits
-    occurs = union > 0
-    miou = (hits[occurs] / union[occurs]).mean() if bool(occurs.any()) else torch.tensor(0.0)
-    return {"miou": float(miou), "pixel_accuracy": float(hits.sum() / confusion.sum().clamp(min=1))}
-
-
-def constant_scores(confusion: Tensor) -> dict[str, float]:
-    """What predicting the most frequent class everywhere would score on the truth behind a confusion (K, K)."""
-    truth = confusion.sum(1)
-    constant = torch.zeros_like(confusion)
-    constant[:, truth.argmax()] = truth
-    return scores(constant)
+def _decoded(data: bytes, mode: int) -> np.ndarray:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), mode)

@@ -1,12 +1,15 @@
-"""What a task is to the launcher: data that it can use, a network on features, a loss, and a measured result.
+"""What a task is to the launcher: data that it can use, networks on features, losses, and a measured result.
 
 A run of `finetune` uses it like this, on every rank:
 
     found = Task.check_data(config, manifest)      before any worker starts
     task = Task(config, codec, runtime, found)
-    task.begin()                                   at step 0
-    for batch in task.batches(samples_seen): task.loss(module, batch, generator)
-    task.finish(); task.evaluate()                 from real streams
+    for stage in config.stages(num_samples):       most tasks have one
+        task.enter(stage)                          sets `model`, what this stage trains
+        task.begin()                               at its step 0
+        for batch in task.batches(samples_seen): task.loss(module, batch, generator)
+        task.finish()
+    task.evaluate()                                from real streams
 
 `dicm predict` makes the same task without data, from the run's saved options and weights alone.
 """
@@ -25,11 +28,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from cluster.runtime import Runtime
+from data_pipeline.cache import ShardCache
 from data_pipeline.shards import Manifest
 from downstream.config import FinetuneConfig
-from downstream.frozen import FeatureSource, source_of
-from pretrain.codec.backbone import Backbone
+from downstream.frozen import source_of
+from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.feature_picture import feature_picture
 
 C = TypeVar("C", bound=FinetuneConfig)
 B = TypeVar("B")
@@ -57,21 +62,22 @@ class Task(ABC, Generic[C, B]):
         Config: options of the task.
         metrics: keys of the results that measure it, the one that curves show first, with their titles; shares 0..1,
             or None where there was nothing to measure.
-        stage: name of what is trained, in metrics.jsonl.
+        numbers: further keys of the results that tables show, with their titles.
+        stage: what is trained now.
         source: images or streams in, features out.
-        model: what is trained.
+        model: what is trained now; after the last stage, what evaluates and predicts.
     """
 
     Config: ClassVar[type[FinetuneConfig]]
     metrics: ClassVar[dict[str, str]]
-    stage: str = "finetune"
+    numbers: ClassVar[dict[str, str]] = {}
+    source: Any
+    model: nn.Module
 
-    def __init__(self, config: C, codec: FeatureCodec, runtime: Runtime, found: Found | None = None):
+    def __init__(self, config: C, codec: FeatureCodec | None, runtime: Runtime, found: Found | None = None):
         self.config, self.runtime, self.device = config, runtime, runtime.device
-        self._found = found
-        torch.manual_seed(config.seed)
-        self.model = self.network(codec.backbone).to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.source: FeatureSource = source_of(codec, config.input, config.anchor, config.rate, self.device)
+        self._found, self.codec, self.stage = found, codec, ""
+        self.source = self.make_source()
 
     @property
     def found(self) -> Found:
@@ -79,10 +85,24 @@ class Task(ABC, Generic[C, B]):
         assert self._found is not None, "a task made without data was asked for some"
         return self._found
 
+    @property
+    def shard_cache(self) -> ShardCache:
+        """The cache of the data set's shards, where it is at a URL."""
+        return shard_cache_of(self.config)
+
     @classmethod
-    def fill_in(cls, config: C, codec: FeatureCodec, manifest: Manifest) -> None:
+    def load_codec(cls, config: C, folder: str | None = None) -> FeatureCodec | None:
+        """The frozen codec of a run, from `folder` where it has moved; None for a task that reads other latents."""
+        return FeatureCodec.from_pretrained(folder or str(config.codec))
+
+    @classmethod
+    def fill_in(cls, config: C, codec: FeatureCodec | None, manifest: Manifest) -> None:
         """Give options that were left open the values that codec and data set suggest; they are saved with the run."""
         config.classes = cls.class_names(manifest)
+
+    @classmethod
+    def check_codec(cls, config: C, codec: FeatureCodec | None) -> None:
+        """See that the options fit the codec, before any work starts (TaskError)."""
 
     @classmethod
     def class_names(cls, manifest: Manifest) -> list[str]:
@@ -94,8 +114,26 @@ class Task(ABC, Generic[C, B]):
     def check_data(cls, config: C, manifest: Manifest) -> Found:
         """What the data set holds for the task, before any work starts (TaskError where it is of no use)."""
 
+    def make_source(self) -> Any:
+        """Where features come from, as the options say."""
+        assert self.codec is not None
+        config = self.config
+        return source_of(self.codec, config.input, config.anchor, config.rate, self.device, config.anchor_weights)
+
+    def enter(self, stage: str) -> None:
+        """Make the network that a stage trains, as it is before the stage; equal on all ranks."""
+        self.stage = stage
+        torch.manual_seed(self.config.seed)
+        self.model = self.network().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def backbone(self) -> Backbone:
+        """The codec's."""
+        assert self.codec is not None
+        return self.codec.backbone
+
     @abstractmethod
-    def network(self, backbone: Backbone) -> nn.Module:
+    def network(self) -> nn.Module:
         """The network on features; what it takes of `backbone` it copies."""
 
     @abstractmethod
@@ -112,21 +150,46 @@ class Task(ABC, Generic[C, B]):
         """
 
     def begin(self) -> None:
-        """What a new run does before its first step."""
+        """What a stage does before its first step."""
 
     def finish(self) -> None:
-        """What is done after the last step, before the final checkpoint."""
+        """What a stage does after its last step, before the checkpoint that ends it."""
 
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
-        """`metrics`, `bpp`, `bpp_payload`, `images` and whatever else there is to tell, of the validation split.
+        """`metrics`, `numbers`, `bpp`, `bpp_payload`, `images` and whatever else there is to tell, of the val split.
 
         From real streams, on all ranks together; each gets the same.
         """
 
+    @property
+    def num_views(self) -> int:
+        """Views of each training image that cache=bitstreams encodes."""
+        return self.config.cache_views
+
     @abstractmethod
-    def predict(self, features: Tensor, height: int, width: int) -> dict[str, Any]:
-        """What the task tells of one image of height x width pixels, from its features (1, C, h, w); for JSON."""
+    def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
+        """A view of the `number`-th usable training sample, for cache=bitstreams.
+
+        Returns:
+            The image (3, H, W) uint8 that is encoded, and the fields that go with its stream into a WebDataset.
+
+        Raises:
+            SampleError: the sample cannot be used.
+        """
+
+    def receive_image(self, image: Tensor) -> tuple[Any, int]:
+        """What `predict` takes, of an image (3, H, W) uint8 by way of a real stream, and the stream's bytes."""
+        features, sizes, _ = self.source.through_streams(image[None])
+        return features, int(sizes[0])
+
+    def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
+        """What `predict` takes, of a stream, and height and width of its image (CodecError)."""
+        return self.source.decode(stream)
+
+    @abstractmethod
+    def predict(self, received: Any, height: int, width: int) -> dict[str, Any]:
+        """What the task tells of one image of height x width pixels, for JSON."""
 
     @abstractmethod
     def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
@@ -136,16 +199,21 @@ class Task(ABC, Generic[C, B]):
         """The image (3, h, w) uint8 that is encoded, of one (3, H, W) that is to be predicted."""
         return image
 
+    def picture(self, received: Any, height: int, width: int) -> Tensor:
+        """A picture (3, height, width) uint8 of what was received, to draw on where there is no image."""
+        return feature_picture(received[0].cpu(), HEAD_STRIDE)[:, :height, :width]
+
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of what is trained."""
         config = self.config
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if config.optimizer == "adamw":
-            return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-        return torch.optim.SGD(trained, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, nesterov=True)
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(trained, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, nesterov=True)
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        return kind(trained, lr=config.lr, weight_decay=config.weight_decay)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Scheduler | None:
-        """The learning rate over the run; None leaves it as it is."""
+        """The learning rate over a stage; None leaves it as it is."""
         return CosineLRScheduler(
             optimizer,
             t_initial=num_steps,
@@ -158,6 +226,11 @@ class Task(ABC, Generic[C, B]):
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """The run's precision, or float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled and self.config.precision == "bf16")
+
+
+def shard_cache_of(config: FinetuneConfig) -> ShardCache:
+    """The cache of the data set's shards, where it is at a URL."""
+    return ShardCache.of_size(config.shard_cache, config.shard_cache_limit)
 
 
 def settle_statistics(network: nn.Module, inputs: Iterator[Tensor], runtime: Runtime) -> None:

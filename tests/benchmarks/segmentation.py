@@ -25,6 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compressai.zoo import image_models
+from downstream.tasks.masked_images import IGNORE, MaskedImages
+from downstream.tasks.segmentation_run import SegmentationRun
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -32,8 +34,6 @@ from safetensors.torch import save_file
 from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
 from downstream.channels import select_channels
 from downstream.latents import LatentCodec
-from downstream.tasks.masked_images import IGNORE, MaskedImages
-from downstream.tasks.segmentation_run import SegmentationRun
 from downstream.tasks.semantic_segmentation import SegmentationConfig, SegmentationMetric, create_latent_codec
 
 PARTS = ("layers", "codec", "hyperprior", "static", "overfit")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_refused, dicm
+from downstream.tasks.segmentation_run import SegmentationRun, open_run
 from small_codecs import create_codec, random_images
 from torchvision.io import decode_image
 
@@ -13,7 +14,6 @@ from downstream.channels import Counts, count_choices, most_chosen, most_varied,
 from downstream.errors import TaskError
 from downstream.gate import DynamicGate
 from downstream.latents import FeatureLatents
-from downstream.tasks.segmentation_run import SegmentationRun, open_run
 from downstream.tasks.semantic_segmentation import SegmentationConfig
 
 

@@ -81,7 +81,9 @@ def test_run__data_at_a_url_gives_the_results_of_the_folder(
     """The run of `finetuned` again, through the cache; evaluating it again goes through it too."""
     with serving(colours) as store:
         results = run(
-            resolve("classification", options(codec_folder, store.url, tmp_path / "run", f"shard_cache={tmp_path}/cache"))
+            resolve(
+                "classification", options(codec_folder, store.url, tmp_path / "run", f"shard_cache={tmp_path}/cache")
+            )
         )
         local = json.loads((finetuned / "results.json").read_text())
         assert {key: results[key] for key in ("top1", "top5", "bpp", "images")} == {

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from downstream.tasks.masked_images import IGNORE, MaskedImages, TrainingCrops, epochs_of_batches
 from PIL import Image
 
 from data_pipeline.shards import Manifest, ShardWriter, Split
 from downstream.errors import TaskError
-from downstream.tasks.masked_images import IGNORE, MaskedImages, TrainingCrops, epochs_of_batches
 
 
 def png(array: np.ndarray) -> bytes:

@@ -1,0 +1,174 @@
+"""The training set as streams, encoded once: `cache=bitstreams`.
+
+    FOLDER/                          RUN/streams, or `cache_folder`
+      streams.json                   what the streams were made of and with
+      parts/view0-000003.json        a finished part: its shards; what is there is not encoded again
+      view0-part000003-000000.tar    KEY.dicm KEY.json [KEY.mask.png KEY.png]
+      dataset.json                   splits view0, view1, ...: sample i of each is the i-th usable training sample
+
+Each view is one drawing of what training does to an image before it is encoded: a crop, a mirroring. An epoch takes
+them in turn, each image beginning at another one. Ranks share the parts among them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import SampleError
+from data_pipeline.quarantine import BadSample, Quarantine
+from data_pipeline.samples import MOST_IN_A_ROW, SampleDataset
+from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split
+from downstream.config import FinetuneConfig
+from downstream.errors import TaskError
+from downstream.tasks.task import Task
+
+FACTS, PARTS, STREAM = "streams.json", "parts", "dicm"
+PART = 256  # samples that are encoded at one go
+# Options on which no stream depends.
+FREE = {
+    "run", "data", "codec", "epochs", "teacher_epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup",
+    "workers", "launcher", "precision", "num_workers", "cache_folder", "shard_cache", "shard_cache_limit", "log_every",
+    "checkpoint_every", "keep_checkpoints", "teacher", "gate", "num_channels", "channels", "chosen", "transform",
+    "backbone", "start", "drop_at", "classes", "fpn_channels", "hidden", "anchors", "proposals", "rois", "voc07",
+    "label_smoothing",
+}  # fmt: skip
+
+
+def stream_folder(config: FinetuneConfig) -> Path:
+    """Where the streams of a run are."""
+    return Path(config.cache_folder or Path(config.run) / "streams")
+
+
+def check_folder(config: FinetuneConfig) -> None:
+    """See that `cache_folder` can serve the run (TaskError: it holds streams that were made otherwise)."""
+    if config.cache != "bitstreams":
+        return
+    folder, wanted = stream_folder(config), _facts(config)
+    try:
+        found = json.loads((folder / FACTS).read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{folder / FACTS}: cannot be read ({error}); name another cache_folder") from error
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        key = different[0]
+        raise TaskError(
+            f"{folder} holds streams that were made otherwise ({key}: {found.get(key)} there, {wanted[key]} here); "
+            "name another cache_folder, or remove it"
+        )
+
+
+def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = lambda *_: None) -> None:
+    """Encode what is missing, on all ranks together.
+
+    Args:
+        on_part: gets the number of parts done by this rank and of all its parts.
+
+    Raises:
+        TaskError: the folder cannot be written. DataError: too many samples that cannot be used.
+    """
+    config, runtime = task.config, task.runtime
+    folder, count = stream_folder(config), task.found.num_samples
+    try:
+        if runtime.rank == 0:
+            (folder / PARTS).mkdir(parents=True, exist_ok=True)
+            _write(folder / FACTS, _facts(config))
+        runtime.barrier()
+        starts = range(0, count, PART)
+        parts = [(view, number) for view in range(task.num_views) for number in range(len(starts))]
+        quarantine = Quarantine(config.run, "train", runtime.rank)
+        ours = parts[runtime.rank :: runtime.world]
+        for done, (view, number) in enumerate(ours):
+            record = folder / PARTS / f"view{view}-{number:06d}.json"
+            if not record.is_file():
+                numbers = range(starts[number], min(count, starts[number] + PART))
+                shards = _encode_part(task, folder, f"view{view}-part{number:06d}", numbers, view, quarantine)
+                _write(record, [asdict(shard) for shard in shards])
+            on_part(done + 1, len(ours))
+        runtime.barrier()
+        if runtime.rank == 0:
+            splits = {f"view{view}": Split(_shards(folder, view, len(starts))) for view in range(task.num_views)}
+            Manifest(f"streams of {config.data}", tuple(config.classes), splits).save(folder)
+        runtime.barrier()
+    except OSError as error:
+        raise TaskError(
+            f"{folder}: streams cannot be written ({error.strerror or error}); free space or name another cache_folder"
+        ) from error
+
+
+def _encode_part(
+    task: Task[Any, Any], folder: Path, name: str, numbers: range, view: int, quarantine: Quarantine
+) -> list[Shard]:
+    with ShardWriter(folder, name, max_samples=PART) as writer:
+        for number in numbers:
+            quarantine.read(1)
+            for tried in range(MOST_IN_A_ROW):
+                try:
+                    image, fields = task.view((number + tried) % task.found.num_samples, view)
+                    break
+                except SampleError as error:
+                    quarantine.add(BadSample(number + tried, str(number + tried), "", str(error)))
+            else:
+                raise TaskError(f"{task.config.data}: {MOST_IN_A_ROW} samples in a row from {number} cannot be used")
+            writer.write({"__key__": f"{number:09d}", STREAM: task.source.encode(image), "json": {}, **fields})
+    return writer.shards
+
+
+def _shards(folder: Path, view: int, num_parts: int) -> tuple[Shard, ...]:
+    found = []
+    for number in range(num_parts):
+        for fields in json.loads((folder / PARTS / f"view{view}-{number:06d}.json").read_text()):
+            found.append(Shard(**{**fields, "offsets": tuple(fields["offsets"])}))
+    return tuple(found)
+
+
+def _facts(config: FinetuneConfig) -> dict[str, Any]:
+    """What streams depend on, as JSON values."""
+    from pretrain.codec.pretrained import CONFIG
+
+    options = {key: value for key, value in asdict(config).items() if key not in FREE}
+    codec = None
+    if config.codec is not None:
+        path = Path(config.codec) / CONFIG
+        codec = json.loads(path.read_text())["fingerprint"] if path.is_file() else config.codec
+    return json.loads(json.dumps({"data": Manifest.load(config.data).hash, "codec": codec, **options}))
+
+
+def _write(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value) + "\n")
+    os.replace(temporary, path)
+
+
+class StreamDataset(SampleDataset[dict[str, Any]]):
+    """The streams of a training set; a position of the training's order says which view is read.
+
+    Samples are raw, with the stream under `STREAM`.
+    """
+
+    def __init__(self, folder: Path, num_views: int, num_samples: int):
+        manifest = Manifest.load(folder)
+        super().__init__(folder, "view0", np.arange(num_samples))
+        self.readers = [ShardReader(folder, manifest.split(f"view{view}")) for view in range(num_views)]
+
+    @classmethod
+    def of_task(cls, task: Task[Any, Any]) -> StreamDataset:
+        """Those that a task's run trains from."""
+        return cls(stream_folder(task.config), task.num_views, task.found.num_samples)
+
+    def raw(self, number: int, position: int | None) -> dict[str, Any]:
+        """Files of a sample, of the view whose turn it is."""
+        turn = 0 if position is None else position // len(self)
+        return self.readers[(turn + number) % len(self.readers)].read(number)
+
+    def load(self, sample: dict[str, Any], index: int, position: int | None) -> dict[str, Any]:
+        """The sample as it is."""
+        return sample
