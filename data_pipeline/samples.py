@@ -215,8 +215,8 @@ class SampleLoader(DataLoader[list[S]]):
         self, dataset: SampleDataset[S], batches: Iterable[list[Draw]], num_workers: int, quarantine: Quarantine
     ):
         super().__init__(
-            dataset,  # `__getitems__` makes whole batches
-            batch_sampler=batches,  # type: ignore[arg-type]
+            dataset,  # type: ignore[arg-type]  # `__getitems__` makes whole batches
+            batch_sampler=batches,
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=num_workers,
             persistent_workers=num_workers > 0,

@@ -207,4 +207,4 @@ def feature_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _images(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
+    return torch.tensor(pixels).permute(0, 3, 1, 2)

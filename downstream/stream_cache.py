@@ -52,10 +52,10 @@ def check_folder(config: FinetuneConfig) -> None:
         return
     folder, wanted = stream_folder(config), _facts(config)
     try:
-        found = json.loads((folder / FACTS).read_text())
+        found = dict(json.loads((folder / FACTS).read_text()))
     except FileNotFoundError:
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise TaskError(f"{folder / FACTS}: cannot be read ({error}); name another cache_folder") from error
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:

@@ -17,6 +17,8 @@ NAMES = ("red", "green", "blue")
 SIZES = ((64, 64), (80, 48), (48, 96))  # width, height
 # Widths of a detector that learns a few images in seconds.
 NARROW_DETECTOR = ["anchors=[8,16,32,64,128]", "fpn_channels=32", "hidden=128", "proposals=100", "rois=64"]
+# A semantic segmentation of 64 px scenes in seconds.
+SMALL_CROPS = ["height=64", "width=64", "short_side=64", "teacher_epochs=1"]
 
 
 def rectangle(number: int, width: int, height: int) -> tuple[np.ndarray, dict[str, Any]]:

@@ -125,11 +125,11 @@ class Row:
     def run(self, image: Tensor, tail_too: bool) -> None:
         """Pixels to the input of layer2, or to classes, by way of a stream; notes the time of each part."""
         height, width = image.shape[-2:]
-        choice = None if self.name == PIXEL else self.network.gate.choice
+        choice = None if self.name == PIXEL else self.network.input.gate.choice
         model = self.latents.model
         encoder = {name: getattr(model, name) for name in ("g_a", "h_a", "h_s")}
         if self.name == DYNAMIC:
-            encoder["gate"] = self.network.gate.score
+            encoder["gate"] = self.network.input.gate.score
         stream = self.clock("encode", lambda: self.latents.encode(image, choice), encoder)
         self.num_bytes = len(stream)
         if self.name == PIXEL:
@@ -140,8 +140,8 @@ class Row:
             self.num_channels, tail = self.latents.channels, self.teacher.tail
         else:
             received = self.clock("bytes to latents", lambda: self.latents.receive(stream), {"h_s": model.h_s})
-            channels = received.channels if self.network.gate.num_inputs == self.latents.channels else None
-            features = self.clock("transform", lambda: self.network.transform(received.latents, channels))
+            channels = received.channels if self.network.input.gate.num_inputs == self.latents.channels else None
+            features = self.clock("transform", lambda: self.network.input.transform(received.latents, channels))
             self.num_channels, tail = received.latents.shape[1], self.network.tail
         if tail_too:
             self.clock(TAIL, lambda: enlarge(tail(features), height, width).argmax(dim=1))

@@ -22,7 +22,7 @@ from rich.table import Table
 from data_pipeline.loader import eval_loader
 from data_pipeline.views import center_images
 from downstream import finetune
-from downstream.evaluation.anchors import Anchor
+from downstream.evaluation.anchors import create_anchor
 from downstream.frozen import FrozenCodec, PixelInput
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.ssl.evaluation import knn_accuracy
@@ -52,9 +52,9 @@ def main() -> None:
         }
         for quality in (1, 10):
             options = ["input=pixels", f"anchor=jpeg:{quality}"]
-            anchor = Anchor("jpeg", quality)
-            sources[f"jpeg {quality}"] = (PixelInput(trained, anchor, device), arguments.codec, options)
-        sources["clean pixels"] = (PixelInput(trained, None, device), arguments.codec, ["input=pixels"])
+            anchor = create_anchor(f"jpeg:{quality}")
+            sources[f"jpeg {quality}"] = (PixelInput(trained.backbone.head, anchor, device), arguments.codec, options)
+        sources["clean pixels"] = (PixelInput(trained.backbone.head, None, device), arguments.codec, ["input=pixels"])
         for name, (source, codec, options) in sources.items():
             start = time.perf_counter()
             figures[name] = knn_of(

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from small_objects import SIZES, rectangles, write_objects
 
 from data_pipeline.errors import DataError
-from data_pipeline.objects import ObjectDataset, UnusableError, object_loader, once, read_objects, shrink, survey
+from data_pipeline.objects import (
+    ObjectDataset,
+    facts_from,
+    mirror,
+    read_objects,
+    shrink,
+    survey_objects,
+)
+from data_pipeline.samples import UnusableError, once, training_loader
 from data_pipeline.sources.annotations import encode_mask
 
 WIDTH, HEIGHT = 40, 30
@@ -102,33 +110,34 @@ def mixed(tmp_path: Path) -> Path:
 
 
 def test_survey__says_what_serves_and_counts_the_rest(mixed: Path):
-    found = survey(mixed, "train", 3, masks=True)
+    found = survey_objects(mixed, "train", 3, masks=True)
     assert found.usable.tolist() == [0, 1, 3, 5, 6, 7, 8]
-    assert found.shard_sizes == [7] and found.num_objects == 7
+    assert found.found == 7
     assert found.left_out == {"image without boxes": 1, "image without a mask for each box": 1}
-    assert survey(mixed, "train", 3, masks=False).usable.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert survey_objects(mixed, "train", 3, masks=False).usable.tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
 
 
-def test_object_loader__an_epoch_has_each_usable_sample_once_and_resumes_where_it_was(mixed: Path):
-    found = survey(mixed, "train", 3, masks=True)
-    dataset = ObjectDataset(mixed, "train", found, 3, True)
-    loader = iter(object_loader(dataset, batch_size=2, seed=3))
+def test_training_loader__an_epoch_has_each_usable_sample_once_and_resumes_where_it_was(mixed: Path):
+    found = survey_objects(mixed, "train", 3, masks=True)
+    dataset = ObjectDataset(mixed, "train", found.usable, 3, True)
+    assert dataset.shard_sizes == [7]
+    loader = iter(training_loader(dataset, batch_size=2, seed=3))
     seen = [[sample.index for sample in next(loader)] for _ in range(7)]
     assert sorted(index for batch in seen for index in batch) == sorted(found.usable.tolist() * 2)
-    again = iter(object_loader(dataset, batch_size=2, seed=3, samples_seen=6))
+    again = iter(training_loader(dataset, batch_size=2, seed=3, samples_seen=6))
     assert [[sample.index for sample in next(again)] for _ in range(4)] == seen[3:]
 
 
 def test_once__ranks_share_the_images_which_keep_their_sizes(mixed: Path):
-    dataset = ObjectDataset(mixed, "train", survey(mixed, "train", 3, masks=False), 3, False)
-    found = [sample for rank in (0, 1) for (sample,) in once(dataset, rank=rank, world=2)]
+    dataset = ObjectDataset(mixed, "train", survey_objects(mixed, "train", 3, masks=False).usable, 3, False)
+    found = [sample for rank in (0, 1) for sample in once(dataset, rank=rank, world=2)]
     assert sorted(sample.index for sample in found) == [0, 1, 3, 4, 5, 6, 7, 8]
     for sample in found:
         assert sample.image.shape == (3, *reversed(SIZES[sample.index % 3]))
 
 
 def test_shrink__objects_follow_the_image(mixed: Path):
-    dataset = ObjectDataset(mixed, "train", survey(mixed, "train", 3, masks=True), 3, True)
+    dataset = ObjectDataset(mixed, "train", survey_objects(mixed, "train", 3, masks=True).usable, 3, True)
     before = dataset[1]
     after = shrink(before, 40)
     assert before.image.shape == (3, 48, 80) and after.image.shape == (3, 24, 40)
@@ -142,6 +151,31 @@ def test_dataset__an_image_of_another_size_than_noted_is_named(tmp_path: Path):
     samples = copy.deepcopy(rectangles(2))
     samples[1][1]["width"] = 99
     root = write_objects(tmp_path / "data", {"train": samples})
-    dataset = ObjectDataset(root, "train", survey(root, "train", 3, masks=False), 3, False)
+    dataset = ObjectDataset(root, "train", survey_objects(root, "train", 3, masks=False).usable, 3, False)
     with pytest.raises(DataError, match=r"train-0001.*80 x 48, not 99 x 48"):
         dataset[1]
+
+
+def test_mirror__boxes_and_masks_go_along(mixed: Path):
+    dataset = ObjectDataset(mixed, "train", survey_objects(mixed, "train", 3, masks=True).usable, 3, True)
+    sample, mirrored = dataset[1], mirror(dataset[1])
+    assert torch.equal(mirrored.objects.masks, sample.objects.masks.flip(-1))
+    for one in (sample, mirrored):
+        x = one.objects.masks[0].any(dim=0).nonzero().flatten()
+        assert [int(x[0]), int(x[-1]) + 1] == one.objects.boxes[0, [0, 2]].tolist()
+        # The rectangle's colour is in the box, and nowhere else.
+        left, top, right, bottom = one.objects.boxes[0].int().tolist()
+        assert bool((one.image[:, top:bottom, left:right].amax(0) == 240).all())
+    again = mirror(mirrored)
+    assert torch.equal(again.image, sample.image) and torch.equal(again.objects.boxes, sample.objects.boxes)
+
+
+def test_facts_from__is_read_back(mixed: Path):
+    dataset = ObjectDataset(mixed, "train", survey_objects(mixed, "train", 3, masks=True).usable, 3, True)
+    for number in range(3):
+        sample = dataset[number]
+        height, width = sample.image.shape[-2:]
+        objects, left_out = read_objects(facts_from(sample.objects, width, height), width, height, 3, masks=True)
+        assert not left_out
+        for one, other in zip(objects, sample.objects, strict=True):
+            assert torch.equal(one, other)

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_refused, dicm
-from downstream.tasks.segmentation_run import SegmentationRun, open_run
 from small_codecs import create_codec, random_images
+from small_objects import SMALL_CROPS
 from torchvision.io import decode_image
 
 from downstream.channels import Counts, count_choices, most_chosen, most_varied, write_choice
 from downstream.errors import TaskError
+from downstream.finetune import open_run, resolve, run
 from downstream.gate import DynamicGate
 from downstream.latents import FeatureLatents
-from downstream.tasks.semantic_segmentation import SegmentationConfig
 
 
 @pytest.fixture(scope="module")
@@ -63,66 +63,43 @@ def test_write_choice__a_place_that_cannot_be_written(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of seconds on scenes, with a dynamic gate."""
+    """A run of seconds on scenes, with a dynamic gate; beside its codec and data."""
     from data_pipeline.scenes import write_scenes
 
     folder = tmp_path_factory.mktemp("segmentation")
     write_scenes(folder / "scenes", train=8, val=4, size=64, seed=0)
     create_codec().save_pretrained(folder / "codec")
-    config = SegmentationConfig(
-        data=str(folder / "scenes"), run=str(folder / "run"), codec=str(folder / "codec"), backbone="resnet18",
-        height=64, width=64, epochs=3, teacher_epochs=1, batch_size=4, precision="fp32",
-    )  # fmt: skip
-    config.validate()
-    results = SegmentationRun(config).train()
-    assert results["loss_last"] < results["loss_first"]
+    run(resolve("semantic_segmentation_small", options(folder, "run")))
     return folder
 
 
-def test_run__evaluates_the_bytes_of_real_streams_with_the_chosen_channels(trained: Path):
-    run = open_run(trained / "run")
-    student = run.load_student()
-    results = json.loads((trained / "run" / "results.json").read_text())
-    again = run.evaluate(student)
-    assert {key: results[key] for key in again} == again
-    streams = [run.latents.encode(run.val_set[index][0], student.gate.choice) for index in range(4)]
-    assert results["bpp"] == pytest.approx(8 * sum(map(len, streams)) / (4 * 64 * 64))
-    assert all(list(run.latents.codec.describe(stream).layers) == ["base"] for stream in streams)
+def options(folder: Path, name: str, *more: str) -> list[str]:
+    return [f"data={folder / 'scenes'}", f"run={folder / name}", f"codec={folder / 'codec'}", "launcher=local",
+            "precision=fp32", "epochs=1", *SMALL_CROPS, *more]  # fmt: skip
 
 
 def test_select_channels__writes_counts_and_a_chart_that_gate_static_reads(trained: Path):
     result = dicm("select-channels", trained / "run", "--num", "6")
     assert result.returncode == 0, result.stderr
-    facts = json.loads((trained / "run" / "channels_6.json").read_text())
+    path = trained / "run" / "channels_6.json"
+    facts = json.loads(path.read_text())
     found = Counts(facts["counts"], facts["probabilities"], facts["images"])
     assert facts["channels"] == most_chosen(found, 6)
     assert facts["images"] == 8 and len(facts["counts"]) == 32 and max(facts["counts"]) <= 8
-    assert decode_image(str(trained / "run" / "channels_6.png")).shape[1] > 200
-    config = SegmentationConfig(
-        data=str(trained / "scenes"), run=str(trained / "static"), codec=str(trained / "codec"), backbone="resnet18",
-        teacher=str(trained / "run" / "teacher.pt"), gate="static", channels=str(trained / "run" / "channels_6.json"),
-        height=64, width=64, epochs=1, batch_size=4, precision="fp32", transform="res",
-    )  # fmt: skip
-    config.validate()
-    results = SegmentationRun(config).train()
-    assert results["channels"] == 6
-    assert open_run(trained / "static").load_student().gate.choice == facts["channels"]
-    # The same file makes `dicm encode` put these channels into the base layer.
-    refused = dicm("select-channels", trained / "static", "--num", "6")
-    assert_refused(refused, "gate=static", "gate=dynamic")
+    assert decode_image(str(path.with_suffix(".png"))).shape[1] > 200
+    teacher = f"teacher={trained / 'run' / 'teacher.pt'}"
+    static = options(trained, "static", teacher, "gate=static", f"channels={path}", "transform=res")
+    assert run(resolve("semantic_segmentation_small", static))["channels"] == 6
+    tuner = open_run(trained / "static")
+    tuner.logger.close()
+    assert tuner.model.input.gate.choice == facts["channels"]
+    assert_refused(dicm("select-channels", trained / "static", "--num", "6"), "gate=static", "gate=dynamic")
+    # The run holds the channels, not the file's name alone: another file is another run.
+    path.write_text(json.dumps({"channels": [0, 1]}))
+    assert_refused(dicm("finetune", "semantic_segmentation_small", *static), "chosen", "other options")
 
 
-def test_run__variance_keeps_the_most_varied_channels(trained: Path):
-    config = SegmentationConfig(
-        data=str(trained / "scenes"), run=str(trained / "variance"), codec=str(trained / "codec"), backbone="resnet18",
-        teacher=str(trained / "run" / "teacher.pt"), gate="variance", num_channels=4, height=64, width=64, epochs=1,
-        batch_size=4, precision="fp32",
-    )  # fmt: skip
-    run = SegmentationRun(config)
-    assert run.train()["channels"] == 4
-    assert run.load_student().gate.choice == most_varied(run.latents, run.training_images(), 4)
-
-
-def test_select_channels__refusals(trained: Path, tmp_path: Path):
+def test_select_channels__refusals(trained: Path, finetuned: Path, tmp_path: Path):
     assert_refused(dicm("select-channels", tmp_path), str(tmp_path), "config.yaml")
     assert_refused(dicm("select-channels", trained / "run", "--num", "33"), "num=33", "1..32")
+    assert_refused(dicm("select-channels", finetuned), "gate=None", "gate=dynamic")

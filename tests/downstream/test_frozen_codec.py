@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_objects import NARROW_DETECTOR
+from small_objects import NARROW_DETECTOR, SMALL_CROPS
 
 from cluster.runtime import LocalRuntime
 from downstream import finetune
@@ -14,9 +14,10 @@ from downstream.tasks import TASKS
 from pretrain.codec.feature_codec import FeatureCodec
 
 OPTIONS = {
-    "classification": [],
-    "detection": NARROW_DETECTOR,
-    "instance_segmentation": NARROW_DETECTOR,
+    "classification": ["classification"],
+    "detection": ["detection_small", *NARROW_DETECTOR],
+    "instance_segmentation": ["instance_segmentation_small", *NARROW_DETECTOR, "gate=dynamic"],
+    "semantic_segmentation": ["semantic_segmentation_small", *SMALL_CROPS],
 }
 
 
@@ -40,13 +41,14 @@ def test_finetune__weights_statistics_tables_and_streams_of_the_codec_stay(
     files = {path.name: path.read_bytes() for path in exported_codec.iterdir()}
     image = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     config = finetune.resolve(
-        task,
+        OPTIONS[task][0],
         [f"codec={exported_codec}", f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", "epochs=1",
-         "batch_size=16", "precision=fp32", *OPTIONS[task]],
+         "batch_size=16", "precision=fp32", *OPTIONS[task][1:]],
     )  # fmt: skip
     tuner = finetune.Finetuner(LocalRuntime(), config)
     codec = tuner.task.source.codec
     before = state_of(codec, image)
+    tuner.enter(tuner.stages[-1])
     trained = {name: tensor.clone() for name, tensor in tuner.model.named_parameters()}
     tuner.train()
     after = state_of(codec, image)

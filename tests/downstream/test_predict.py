@@ -23,7 +23,7 @@ def detected(codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     data = write_objects(folder / "data", {"train": rectangles(8), "val": rectangles(2)})
     finetune.run(
         finetune.resolve(
-            "detection",
+            "detection_small",
             [f"codec={codec_folder}", f"data={data}", f"run={folder / 'run'}", "launcher=local", "precision=fp32",
              "epochs=1", "batch_size=4", *NARROW_DETECTOR],
         )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_refused, dicm
+from PIL import Image
 from small_codecs import create_codec
 from small_objects import NARROW_DETECTOR, rectangles, write_eight_scenes, write_objects
 
@@ -46,7 +47,7 @@ def options(codec: Path, data: Path, run: Path, *more: str) -> list[str]:
 
 
 def fine_tune(task: str, codec: Path, data: Path, run: Path, *more: str) -> dict[str, Any]:
-    return finetune.run(finetune.resolve(task, options(codec, data, run, *more)))
+    return finetune.run(finetune.resolve(f"{task}_small", options(codec, data, run, *more)))
 
 
 @pytest.mark.slow
@@ -89,6 +90,39 @@ def test_run__pixels_of_another_codec(codec: Path, data: Path, tmp_path: Path):
     assert results["anchor"] == "jpeg:30" and 0 < results["bpp_payload"] < results["bpp"] < 24
 
 
+GATES = {"dynamic": [], "variance": ["num_channels=5"], "none": []}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_run__behind_a_gate_reads_chosen_channels_of_the_latent(gate: str, codec: Path, data: Path, tmp_path: Path):
+    results = fine_tune("detection", codec, data, tmp_path / "run", f"gate={gate}", "epochs=2", *GATES[gate])
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["feature_mse"] < rows[0]["feature_mse"]  # F becomes what the backbone's head gives
+    channels = {"dynamic": results["channels"], "variance": 5, "none": 32}[gate]
+    assert results["channels"] == channels and 1 <= channels <= 32
+    again = finetune.evaluate_run(tmp_path / "run")
+    assert {**again, "seconds": 0} == {**results, "seconds": 0}
+
+
+def test_run__a_static_gate_takes_the_channels_that_a_dynamic_one_chose(codec: Path, data: Path, tmp_path: Path):
+    fine_tune("detection", codec, data, tmp_path / "run", "gate=dynamic")
+    result = dicm("select-channels", tmp_path / "run", "--num", "6")
+    assert result.returncode == 0, result.stderr
+    chosen = tmp_path / "run" / "channels_6.json"
+    results = fine_tune("instance_segmentation", codec, data, tmp_path / "static", "gate=static", f"channels={chosen}")
+    assert results["channels"] == 6
+    # The same file makes `dicm encode` put these channels into the base layer, which is all that is read.
+    image = tmp_path / "image.png"
+    Image.fromarray(rectangles(1)[0][0]).save(image)
+    coded = dicm("encode", image, "-o", tmp_path / "streams", "--codec", codec, "--channels", chosen)
+    assert coded.returncode == 0, coded.stderr
+    for source, out in ((image, "a"), (tmp_path / "streams" / "image.dicm", "b")):
+        run = ("instance_segmentation", tmp_path / "static", source, "-o", tmp_path / out, "--score", "0")
+        assert dicm("predict", *run).returncode == 0
+    one, other = (json.loads((tmp_path / out / "image.json").read_text()) for out in "ab")
+    assert one["objects"] == other["objects"] and one["bytes"] < other["bytes"]
+
+
 @pytest.mark.slow
 def test_run__two_workers_measure_each_image_once(codec: Path, data: Path, tmp_path: Path):
     results = fine_tune("instance_segmentation", codec, data, tmp_path / "run", "workers=2")
@@ -119,7 +153,7 @@ def spoiled(count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
 @pytest.mark.parametrize("task", OBJECT_TASKS)
 def test_run__what_is_wrong_is_left_out_with_a_count(task: str, codec: Path, tmp_path: Path):
     data = write_objects(tmp_path / "data", {"train": spoiled(14), "val": spoiled(14)})
-    result = dicm("finetune", task, *options(codec, data, tmp_path / "run", "batch_size=3"))
+    result = dicm("finetune", f"{task}_small", *options(codec, data, tmp_path / "run", "batch_size=3"))
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     counts = {
@@ -140,7 +174,7 @@ def test_run__what_is_wrong_is_left_out_with_a_count(task: str, codec: Path, tmp
 
 def test_run__data_without_what_the_task_needs_is_refused(codec: Path, data: Path, colours: Path, tmp_path: Path):
     def refused(task: str, root: Path, *words: str, more: tuple[str, ...] = ()) -> None:
-        assert_refused(dicm("finetune", task, *options(codec, root, tmp_path / "run", *more)), *words)
+        assert_refused(dicm("finetune", f"{task}_small", *options(codec, root, tmp_path / "run", *more)), *words)
 
     refused("detection", colours, "train split has boxes", "48 x image without boxes", "dicm data build voc")
     without_masks = copy.deepcopy(rectangles(8))
@@ -163,24 +197,14 @@ def test_run__data_without_what_the_task_needs_is_refused(codec: Path, data: Pat
 
 
 def test_run__a_loss_that_is_no_number_ends_the_run_in_one_line(codec: Path, data: Path, tmp_path: Path):
-    result = dicm("finetune", "detection", *options(codec, data, tmp_path / "run", "lr=1e30", "epochs=4"))
+    result = dicm("finetune", "detection_small", *options(codec, data, tmp_path / "run", "lr=1e30", "epochs=4"))
     assert_refused(result, "smaller lr")
 
 
 def task_of(name: str, codec: Path, data: Path, run: Path, *more: str):
-    return finetune.Finetuner(LocalRuntime(), finetune.resolve(name, options(codec, data, run, *more))).task
-
-
-def test_target__mirrored_images_take_boxes_and_masks_along(codec: Path, data: Path, tmp_path: Path):
-    task = task_of("instance_segmentation", codec, data, tmp_path / "run")
-    sample = task.dataset("train")[1]
-    plain, mirrored = task._target(sample, False), task._target(sample, True)
-    width = sample.image.shape[-1]
-    assert torch.equal(mirrored["masks"], plain["masks"].flip(-1))
-    for target in (plain, mirrored):
-        x = target["masks"][0].any(dim=0).nonzero().flatten()
-        assert [int(x[0]), int(x[-1]) + 1] == target["boxes"][0, [0, 2]].tolist()
-    assert mirrored["boxes"][0, 0] == width - plain["boxes"][0, 2]
+    tuner = finetune.Finetuner(LocalRuntime(), finetune.resolve(f"{name}_small", options(codec, data, run, *more)))
+    tuner.enter(tuner.stages[0])
+    return tuner.task
 
 
 def test_target__crowds_and_difficult_objects_are_not_learned(codec: Path, tmp_path: Path):
@@ -188,8 +212,8 @@ def test_target__crowds_and_difficult_objects_are_not_learned(codec: Path, tmp_p
     samples[1][1]["iscrowd"], samples[2][1]["difficult"] = [1], [True]
     data = write_objects(tmp_path / "data", {"train": samples, "val": samples})
     task = task_of("detection", codec, data, tmp_path / "run")
-    assert [len(task._target(task.dataset("train")[k], False)["boxes"]) for k in range(4)] == [1, 0, 0, 1]
-    assert task.found.details["train"].num_objects == 2
+    assert [len(task._target(task.dataset("train")[k])["boxes"]) for k in range(4)] == [1, 0, 0, 1]
+    assert task.found.details["train"].found == 2
 
 
 def test_begin__statistics_are_those_of_the_training_images_without_padding(codec: Path, data: Path, tmp_path: Path):

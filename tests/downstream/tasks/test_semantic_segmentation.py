@@ -1,26 +1,33 @@
 from __future__ import annotations
 
+import copy
+import io
+import json
 import math
+import shutil
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import assert_refused, dicm
+from PIL import Image
 from small_codecs import create_codec, random_images
+from small_objects import SMALL_CROPS
 from torch import Tensor
 
+from cluster.metrics import read_rows
+from data_pipeline.sources.annotations import decode_mask
+from downstream import finetune
+from downstream.channels import most_varied
 from downstream.errors import TaskError
-from downstream.gate import create_gate
+from downstream.evaluation.segmentation import SegmentationMetric, class_scores, constant_scores, scores
+from downstream.gate import Gate, create_gate
 from downstream.latents import FeatureLatents
 from downstream.tasks.deeplab import DeepLab
-from downstream.tasks.semantic_segmentation import (
-    SegmentationConfig,
-    SegmentationMetric,
-    SegmentationNetwork,
-    constant_scores,
-    learning_rate,
-    scores,
-    segmentation_loss,
-    student_loss,
-)
+from downstream.tasks.latent_input import feature_distance
+from downstream.tasks.semantic_segmentation import SegmentationConfig, SegmentationNetwork, segmentation_loss
 from downstream.transform import TRANSFORMS
 
 GATE_CHOICES = {"dynamic": None, "static": [1, 4, 20], "variance": [0, 31], "none": None}
@@ -37,26 +44,33 @@ def teacher() -> DeepLab:
     return DeepLab("resnet18", 5).eval().requires_grad_(False)
 
 
+def network_of(gate: Gate, kind: str, teacher: DeepLab) -> SegmentationNetwork:
+    """A student whose tail is the teacher's, as it is when training begins."""
+    return SegmentationNetwork(gate, kind, copy.deepcopy(teacher).requires_grad_(True))
+
+
 @pytest.mark.parametrize("kind", TRANSFORMS)
 @pytest.mark.parametrize("gate", GATE_CHOICES)
 def test_network__of_a_stream_is_that_of_training(gate: str, kind: str, latents: FeatureLatents, teacher: DeepLab):
     """The logits that a receiver computes from the base alone are those of the gated latent."""
     torch.manual_seed(0)
-    network = SegmentationNetwork(create_gate(gate, 32, GATE_CHOICES[gate]), kind, teacher).eval()
+    network = network_of(create_gate(gate, 32, GATE_CHOICES[gate]), kind, teacher).eval()
     image = random_images(1, 70, 100)[0]
     with torch.no_grad():
         logits, features = network(latents.latents(image[None]), 70, 100)
-        stream = latents.encode(image, network.gate.choice, rest=True)
-        received = latents.receive(stream if network.gate.choice is None else latents.split(stream)[0])
+        stream = latents.encode(image, network.input.gate.choice, rest=True)
+        received = latents.receive(stream if network.input.gate.choice is None else latents.split(stream)[0])
         assert torch.allclose(network.from_base(received), logits, atol=1e-3)
+        # A stream that carries everything serves, too: the gate takes its channels from it.
+        assert torch.allclose(network.from_base(latents.receive(latents.encode(image))), logits, atol=1e-3)
     assert logits.shape == (1, 5, 70, 100) and features.shape == (1, 64, 18, 25)
     assert features.shape == teacher.head(torch.randn(1, 3, 70, 100)).shape
 
 
 def test_network__refuses_a_stream_of_other_channels(latents: FeatureLatents, teacher: DeepLab):
-    network = SegmentationNetwork(create_gate("static", 32, [1, 2, 3]), "deconv", teacher).eval()
+    network = network_of(create_gate("static", 32, [1, 2, 3]), "deconv", teacher).eval()
     received = latents.receive(latents.encode(random_images(1, 64, 64)[0], [1, 2]))
-    with pytest.raises(TaskError, match="carries 2 channels, this network reads 3"):
+    with pytest.raises(TaskError, match=r"carries 2 channels \(1, 2\), this network reads 3 channels \(1, 2, 3\)"):
         network.from_base(received)
 
 
@@ -64,14 +78,14 @@ def test_network__trains_gate_transform_and_tail_and_leaves_codec_and_teacher(
     latents: FeatureLatents, teacher: DeepLab
 ):
     torch.manual_seed(0)
-    network = SegmentationNetwork(create_gate("dynamic", 32), "deconv", teacher).train()
+    network = network_of(create_gate("dynamic", 32), "deconv", teacher).train()
     frozen = {**latents.codec.state_dict(), **{f"teacher.{k}": v for k, v in teacher.state_dict().items()}}
     before = {name: tensor.clone() for name, tensor in frozen.items()}
     images = random_images(2, 64, 64)
     logits, features = network(latents.latents(images), 64, 64)
     target = teacher.head(torch.randn(2, 3, 64, 64))
-    student_loss(logits, torch.zeros(2, 64, 64).long(), features, target, 1.0).backward()
-    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.gate.parameters())
+    (segmentation_loss(logits, torch.zeros(2, 64, 64).long()) + feature_distance(features, target)).backward()
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in network.input.gate.parameters())
     assert all(p.grad is not None for p in network.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen.items())
 
@@ -83,8 +97,7 @@ def test_loss__is_cross_entropy_and_the_distance_of_features():
     count = masks != 255
     expected = -logits.log_softmax(1).permute(0, 2, 3, 1)[count].gather(1, masks[count][:, None]).mean()
     assert torch.allclose(segmentation_loss(logits, masks), expected)
-    total = student_loss(logits, masks, features, target, 0.5)
-    assert torch.allclose(total, expected + 0.5 * (features - target).square().mean())
+    assert torch.allclose(feature_distance(features, target), (features - target).square().mean())
     # A crop that lies outside of what was annotated must not end a training with NaN.
     assert float(segmentation_loss(logits, torch.full_like(masks, 255))) == 0
 
@@ -95,7 +108,8 @@ def test_metric__ignores_255_and_averages_over_classes_that_occur():
     predicted = torch.tensor([[[0, 0, 1, 1], [1, 3, 0, 1]]])
     metric.update(predicted, truth)
     assert metric.confusion().sum() == 6
-    results = metric.results()
+    results = scores(metric.confusion())
+    assert class_scores(metric.confusion()) == pytest.approx([2 / 3, 2 / 4, 0, None])
     assert results["miou"] == pytest.approx((2 / 3 + 2 / 4 + 0) / 3)  # class 3 occurs only where nothing counts
     assert results["pixel_accuracy"] == pytest.approx(4 / 6)
 
@@ -107,7 +121,7 @@ def test_metric__gathers_over_parts():
     whole.update(predicted, truth)
     for part, half in zip(parts, (slice(0, 3), slice(3, 6)), strict=True):
         part.update(predicted[half], truth[half])
-    assert scores(parts[0].confusion() + parts[1].confusion()) == whole.results()
+    assert scores(parts[0].confusion() + parts[1].confusion()) == scores(whole.confusion())
 
 
 def test_constant_scores__are_those_of_the_most_frequent_class():
@@ -116,14 +130,7 @@ def test_constant_scores__are_those_of_the_most_frequent_class():
         "miou": pytest.approx(5 / 10 / 3),
         "pixel_accuracy": pytest.approx(0.5),
     }
-    assert scores(torch.zeros(3, 3)) == {"miou": 0.0, "pixel_accuracy": 0.0}
-
-
-def test_learning_rate__drops_to_a_tenth_after_300_of_400_epochs():
-    config = SegmentationConfig()
-    rates = [learning_rate(config, epoch / config.epochs) for epoch in range(config.epochs)]
-    assert rates[:300] == [1e-3] * 300
-    assert all(math.isclose(rate, 1e-4) for rate in rates[300:])
+    assert scores(torch.zeros(3, 3)) == {"miou": None, "pixel_accuracy": None}
 
 
 @pytest.mark.parametrize(
@@ -131,14 +138,16 @@ def test_learning_rate__drops_to_a_tenth_after_300_of_400_epochs():
     [
         ({"gate": "soft"}, "gate=soft.*dynamic"),
         ({"transform": "unet"}, "transform=unet.*deconv"),
-        ({"codec": None}, "latents=codec codec=None"),
-        ({"latents": "mbt2018-mean"}, "latents=mbt2018-mean codec=c"),
+        ({"codec": None}, "latents=codec needs a codec"),
         ({"gate": "static"}, "select-channels"),
         ({"channels": "c.json"}, "gate=dynamic channels=c.json"),
         ({"epochs": 0}, "epochs=0"),
         ({"height": 20}, "height=20"),
         ({"lr": 0.0}, "lr=0"),
         ({"scale_min": 3.0}, "scale_min=3"),
+        ({"gate": None}, "gate=null"),
+        ({"feature_weight": -1.0}, "feature_weight=-1"),
+        ({"start": "imagenet"}, "start=imagenet"),
     ],
 )
 def test_config__refuses_what_cannot_work(values: dict[str, object], words: str):
@@ -157,4 +166,175 @@ def perfect(masks: Tensor) -> Tensor:
 def test_metric__perfect_is_one():
     metric, masks = SegmentationMetric(3), torch.randint(0, 3, (2, 8, 8))
     metric.update(perfect(masks).argmax(1), masks)
-    assert metric.results() == {"miou": 1.0, "pixel_accuracy": 1.0}
+    assert scores(metric.confusion()) == {"miou": 1.0, "pixel_accuracy": 1.0}
+
+
+def options(codec: Path, data: Path, run: Path, *more: str) -> list[str]:
+    return [f"codec={codec}", f"data={data}", f"run={run}", "launcher=local", "precision=fp32", "epochs=2",
+            "log_every=1", "keep_checkpoints=20", "checkpoint_every=1", *SMALL_CROPS, *more]  # fmt: skip
+
+
+def fine_tune(codec: Path, data: Path, run: Path, *more: str) -> dict[str, Any]:
+    return finetune.run(finetune.resolve("semantic_segmentation_small", options(codec, data, run, *more)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with twelve scenes and a codec."""
+    from data_pipeline.scenes import write_scenes
+
+    folder = tmp_path_factory.mktemp("segmentation")
+    write_scenes(folder / "scenes", train=8, val=4, size=64, seed=0)
+    create_codec().save_pretrained(folder / "codec")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    """A complete run with a dynamic gate."""
+    fine_tune(place / "codec", place / "scenes", place / "run")
+    return place / "run"
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def test_run__trains_a_teacher_and_then_a_student(trained: Path):
+    rows = read_rows(trained / "metrics.jsonl")
+    assert [row["stage"] for row in rows] == ["teacher"] * 2 + ["student"] * 4
+    assert "feature_mse" in rows[-1] and rows[-1]["feature_mse"] < rows[2]["feature_mse"]
+    results = results_of(trained)
+    assert 0 <= results["miou"] <= results["pixel_accuracy"] <= 1 and results["images"] == 4
+    assert results["gate"] == "dynamic" and 1 <= results["channels"] <= 32
+    assert results["classes"][0] == "background" and set(results["class_iou"]) == set(results["classes"])
+
+
+def test_run__evaluates_the_bytes_of_real_streams_with_the_chosen_channels(trained: Path):
+    tuner = finetune.open_run(trained)
+    tuner.logger.close()
+    task, results = tuner.task, results_of(trained)
+    again = task.evaluate()
+    assert {key: results[key] for key in again} == again
+    streams = [task.source.encode(task.dataset("val")[k].image, task.model.input.gate.choice) for k in range(4)]
+    assert results["bpp"] == pytest.approx(8 * sum(map(len, streams)) / (4 * 64 * 64))
+    assert all(list(task.source.codec.describe(stream).layers) == ["base"] for stream in streams)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_run__a_resumed_run_ends_in_the_same_weights(step: int, trained: Path, place: Path, tmp_path: Path):
+    """Cut within the teacher's stage, between the stages, and within the student's."""
+    again = shutil.copytree(trained, tmp_path / "again")
+    (again / "results.json").unlink()
+    if step == 1:
+        (again / "teacher.pt").unlink()
+    for folder in sorted((again / "checkpoints").iterdir())[step:]:
+        shutil.rmtree(folder)
+    resumed = fine_tune(place / "codec", place / "scenes", again)
+    assert {**resumed, "seconds": 0} == {**results_of(trained), "seconds": 0}
+    states = [torch.load(run / "checkpoints" / "step_00000006" / "state.pt", weights_only=True)["model"]
+              for run in (trained, again)]  # fmt: skip
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+
+
+@pytest.mark.slow
+def test_run__two_workers_count_each_image_once(trained: Path, place: Path, tmp_path: Path):
+    results = fine_tune(
+        place / "codec", place / "scenes", tmp_path / "run", "workers=2", f"teacher={trained / 'teacher.pt'}"
+    )
+    assert results["images"] == 4
+    alone = finetune.evaluate_run(tmp_path / "run")
+    assert {**alone, "seconds": 0} == {**results, "seconds": 0}
+
+
+def test_run__a_teacher_serves_other_runs_and_pixels(trained: Path, place: Path, tmp_path: Path):
+    teacher = f"teacher={trained / 'teacher.pt'}"
+    codec, data = place / "codec", place / "scenes"
+    static = fine_tune(codec, data, tmp_path / "v", teacher, "gate=variance", "num_channels=4", "transform=res")
+    assert static["channels"] == 4
+    tuner = finetune.open_run(tmp_path / "v")
+    tuner.logger.close()
+    images = [tuner.task.dataset("train")[k].image for k in range(8)]
+    assert tuner.task.model.input.gate.choice == most_varied(tuner.task.source, images, 4)
+    pixels = fine_tune(codec, data, tmp_path / "p", teacher, "input=pixels", "anchor=jpeg:30", "epochs=1")
+    assert pixels["anchor"] == "jpeg:30" and pixels["channels"] is None
+    assert 0 < pixels["bpp_payload"] < pixels["bpp"] < 24
+
+
+def test_run__latents_of_a_compressai_model(place: Path, tmp_path: Path):
+    from compressai.zoo import image_models
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = image_models["bmshj2018-hyperprior"](quality=1).requires_grad_(False)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "w.safetensors")
+    latents = ["latents=bmshj2018-hyperprior", f"latents_weights={tmp_path / 'w.safetensors'}", "backbone=resnet18"]
+    overrides = options(place / "codec", place / "scenes", tmp_path / "run", "epochs=1", *latents)[1:]
+    results = finetune.run(finetune.resolve("semantic_segmentation_small", overrides))
+    assert results["codec"] is None and results["latents"] == "bmshj2018-hyperprior"
+    assert 1 <= results["channels"] <= 192
+
+
+def test_run__masks_that_say_nothing_are_left_out_and_other_data_is_refused(place: Path, colours: Path, tmp_path: Path):
+    from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
+
+    manifest = Manifest.load(place / "scenes")
+    reader, root = ShardReader(place / "scenes", manifest.split("train")), tmp_path / "spoiled"
+    root.mkdir()
+    with ShardWriter(root, "train") as writer:
+        for number in range(8):
+            sample = reader.read(number)
+            sample["json"] = json.loads(sample["json"])
+            if number == 3:
+                file = io.BytesIO()
+                Image.new("L", (64, 64), 255).save(file, "PNG")
+                sample["mask.png"] = file.getvalue()
+            if number == 5:
+                del sample["mask.png"]
+            writer.write(sample)
+    split = Split(tuple(writer.shards))
+    Manifest("spoiled", manifest.classes, {"train": split, "val": split}, semantic_classes=manifest.mask_names).save(
+        root
+    )
+    results = fine_tune(place / "codec", root, tmp_path / "run", "epochs=1")
+    faults = {"mask that is 255, ignored, everywhere": 1, "image without a semantic mask": 1}
+    assert results["left_out"] == {f"{part}: {name}": n for part in ("train", "val") for name, n in faults.items()}
+    assert results["images"] == 6
+    assert all(math.isfinite(row["loss"]) for row in read_rows(tmp_path / "run" / "metrics.jsonl"))
+
+    def refused(data: Path, *words: str, more: tuple[str, ...] = ()) -> None:
+        arguments = options(place / "codec", data, tmp_path / "none", *more)
+        assert_refused(dicm("finetune", "semantic_segmentation_small", *arguments), *words)
+
+    refused(colours, "semantic mask", "48 x image without a semantic mask", "dicm data build cityscapes")
+    scenes = place / "scenes"
+    refused(scenes, "num_channels=33", "1..32", more=("gate=variance", "num_channels=33"))
+    (tmp_path / "c.json").write_text("[3, 40]")
+    refused(scenes, "40", "0..31", more=("gate=static", f"channels={tmp_path / 'c.json'}"))
+    refused(scenes, "c2.json", more=("gate=static", f"channels={tmp_path / 'c2.json'}"))
+    refused(scenes, "backbone=resnet50", "resnet18", "start=random", more=("backbone=resnet50",))
+    refused(scenes, "teacher=", "none.pt", more=(f"teacher={tmp_path / 'none.pt'}",))
+    refused(scenes, "batch_size=9", "8 training samples", more=("batch_size=9",))
+    refused(scenes, "latents=vgg", more=("latents=vgg",))
+    assert not (tmp_path / "none").exists()
+
+
+def test_predict__draws_a_map_with_a_legend_of_images_and_of_streams(trained: Path, place: Path, tmp_path: Path):
+    tuner = finetune.open_run(trained)
+    tuner.logger.close()
+    image = tuner.task.dataset("val")[0].image
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "scene.png")
+    assert (
+        dicm("encode", tmp_path / "scene.png", "-o", tmp_path / "streams", "--codec", place / "codec").returncode == 0
+    )
+    for source, out in ((tmp_path / "scene.png", "a"), (tmp_path / "streams" / "scene.dicm", "b")):
+        result = dicm("predict", "semantic_segmentation", trained, source, "-o", tmp_path / out)
+        assert result.returncode == 0, result.stderr
+    one, other = (json.loads((tmp_path / out / "scene.json").read_text()) for out in "ab")
+    assert one["regions"] == other["regions"]
+    assert sum(region["share"] for region in one["regions"]) == pytest.approx(1)
+    total = sum(decode_mask(region["mask"], 64, 64).astype(int) for region in one["regions"])
+    assert (total == 1).all()
+    for out in "ab":
+        drawn = np.asarray(Image.open(tmp_path / out / "scene.png"))
+        assert drawn.shape[1] == 64 and drawn.shape[0] > 64 + 13  # the legend is below

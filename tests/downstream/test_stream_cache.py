@@ -1,0 +1,151 @@
+"""cache=bitstreams: the training set is encoded once, and training reads what it would have encoded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_refused, dicm
+from small_codecs import create_codec
+from small_objects import NARROW_DETECTOR, SMALL_CROPS, rectangles, write_objects
+
+from cluster.metrics import read_rows
+from cluster.runtime import LocalRuntime
+from data_pipeline.shards import Manifest
+from downstream import finetune, stream_cache
+from downstream.stream_cache import STREAM, StreamDataset
+from pretrain.codec.feature_codec import FeatureCodec
+
+CASES: dict[str, list[str]] = {
+    "classification": ["batch_size=8", "image_size=64", "canvas_size=64"],
+    "detection_small": NARROW_DETECTOR,
+    "instance_segmentation_small": [*NARROW_DETECTOR, "gate=dynamic"],
+    "semantic_segmentation_small": SMALL_CROPS,
+}
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codecs") / "narrow"
+    create_codec().save_pretrained(folder, extra={"image_size": 64, "canvas_size": 64})
+    return folder
+
+
+def config_of(recipe: str, codec: Path, data: Path, run: Path, *more: str):
+    common = ["launcher=local", "precision=fp32", "epochs=3", "log_every=1", "cache=bitstreams", "cache_views=3"]
+    places = [f"codec={codec}", f"data={data}", f"run={run}"]
+    return finetune.resolve(recipe, [*places, *common, *CASES[recipe], *more])
+
+
+def task_of(config: Any):
+    tuner = finetune.Finetuner(LocalRuntime(), config)
+    tuner.logger.close()
+    tuner.enter(tuner.stages[-1])
+    return tuner.task
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_run__trains_from_streams_that_were_encoded_once(recipe: str, codec: Path, scenes: Path, tmp_path: Path):
+    config = config_of(recipe, codec, scenes, tmp_path / "run")
+    results = finetune.run(config)
+    assert results["images"] == 16
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["stage"] == "streams" and rows[0]["encoding_seconds"] > 0
+    folder = tmp_path / "run" / "streams"
+    manifest = Manifest.load(folder)
+    views = 2 if recipe.startswith(("detection", "instance")) else 3
+    assert [split.num_samples for split in manifest.splits.values()] == [48] * views
+    task = task_of(config)
+    dataset = StreamDataset.of_task(task)
+    for number in (0, 17):
+        seen = set()
+        for turn in range(views):
+            sample = dataset.raw(number, turn * len(dataset))
+            image, fields = task.view(number, (turn + number) % views)
+            assert sample[STREAM] == task.source.encode(image)
+            if "mask.png" in fields:
+                assert sample["mask.png"] == fields["mask.png"]
+            seen.add(sample[STREAM])
+        assert len(seen) == views  # an epoch later another view of the image is read
+
+
+def test_run__loss_from_streams_is_that_of_the_images_they_were_made_of(codec: Path, tmp_path: Path):
+    """Without mirroring there is one view, the image itself: both ways train on the same features."""
+    data = write_objects(tmp_path / "data", {"train": rectangles(8), "val": rectangles(2)})
+    losses = []
+    for cache in ("none", "bitstreams"):
+        run = tmp_path / cache
+        finetune.run(config_of("detection_small", codec, data, run, f"cache={cache}", "flip=false", "epochs=2"))
+        losses.append([row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_build_streams__goes_on_with_what_was_encoded(
+    codec: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stream_cache, "PART", 20)
+    whole = config_of("classification", codec, scenes, tmp_path / "whole")
+    finetune.run(whole)
+    config = config_of("classification", codec, scenes, tmp_path / "cut")
+    task = task_of(config)
+    encode, calls, resumed = task.source.encode, [], []
+
+    def failing(image: torch.Tensor) -> bytes:
+        calls.append(1)
+        if len(calls) == 70 and not resumed:
+            raise RuntimeError("cut off")
+        return encode(image)
+
+    monkeypatch.setattr(task.source, "encode", failing)
+    with pytest.raises(RuntimeError, match="cut off"):
+        stream_cache.build_streams(task)
+    assert not (tmp_path / "cut" / "streams" / "dataset.json").exists()
+    calls.clear()
+    resumed.append(True)
+    stream_cache.build_streams(task)
+    assert len(calls) == 3 * 48 - (20 + 20 + 8)  # the first view was whole
+    manifests = [Manifest.load(tmp_path / name / "streams") for name in ("whole", "cut")]
+    assert [shard.sha256 for split in manifests[0].splits.values() for shard in split.shards] == [
+        shard.sha256 for split in manifests[1].splits.values() for shard in split.shards
+    ]
+
+
+@pytest.mark.slow
+def test_build_streams__two_workers_share_the_parts(codec: Path, scenes: Path, tmp_path: Path):
+    for workers in (1, 2):
+        finetune.run(config_of("classification", codec, scenes, tmp_path / str(workers), f"workers={workers}"))
+    alone, both = (Manifest.load(tmp_path / name / "streams") for name in "12")
+    assert alone.splits == both.splits
+
+
+def test_cache_folder__serves_other_runs_and_refuses_what_was_made_otherwise(codec: Path, scenes: Path, tmp_path: Path):
+    shared = f"cache_folder={tmp_path / 'streams'}"
+    finetune.run(config_of("classification", codec, scenes, tmp_path / "a", shared))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "streams").glob("*.tar")}
+    finetune.run(config_of("classification", codec, scenes, tmp_path / "b", shared, "lr=0.01", "epochs=1"))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "streams").glob("*.tar")} == before
+    assert not (tmp_path / "b" / "streams").exists()
+    common = [f"codec={codec}", f"data={scenes}", f"run={tmp_path / 'c'}", "launcher=local", "cache=bitstreams",
+              "cache_views=3", *CASES["classification"], shared]  # fmt: skip
+    assert_refused(dicm("finetune", "classification", *common, "scale_min=0.9"), "scale_min", "0.4 there, 0.9 here")
+    other = shutil.copytree(codec, tmp_path / "codec")
+    with torch.no_grad():
+        changed = FeatureCodec.from_pretrained(other)
+        changed.g_a[-1].weight.mul_(2)
+        shutil.rmtree(other)
+        changed.save_pretrained(other, extra={"image_size": 64, "canvas_size": 64})
+    assert_refused(dicm("finetune", "classification", *common, f"codec={other}"), "codec:", "cache_folder")
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "streams" / "streams.json").write_text(json.dumps([1]))
+    assert_refused(dicm("finetune", "classification", *common), "streams.json")
+
+
+def test_cache__is_refused_where_it_is_idle(codec: Path, scenes: Path, tmp_path: Path):
+    places = [f"codec={codec}", f"data={scenes}", f"run={tmp_path / 'run'}"]
+    assert_refused(dicm("finetune", "classification", *places, "cache=bitstreams", "probe=true"), "probe=true")
+    assert_refused(dicm("finetune", "classification", *places, "cache=pictures"), "cache=pictures", "bitstreams")
+    assert_refused(dicm("finetune", "classification", *places, "cache_views=0"), "cache_views=0")
