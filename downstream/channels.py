@@ -137,7 +137,7 @@ def select_channels(run: Path, num: int, out: Path | None = None, chart: Path | 
     gate = next(module for module in task.model.modules() if isinstance(module, DynamicGate))
     if not 1 <= num <= gate.channels:  # before the work is done
         raise TaskError(f"num={num} must lie in 1..{gate.channels}, the channels of the latent")
-    found = count_choices(gate, task.source, (sample.image for sample in once(task.dataset("train"))))
+    found = count_choices(gate, task.source, (sample.image for sample in once(task.dataset(task.config.train_split))))
     channels = most_chosen(found, num)
     out = out or run / f"channels_{num}.json"
     chart = chart or out.with_suffix(".png")

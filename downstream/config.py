@@ -23,6 +23,8 @@ class FinetuneConfig:
 
     codec: str | None = MISSING  # exported codec: folder or hub id; null for a task that reads other latents
     data: str = MISSING  # folder or URL (s3://, https://) with dataset.json and shards
+    train_split: str = "train"
+    val_split: str = "val"  # what results are measured on
     run: str = "runs/finetune"  # run folder; running again with the same one resumes
     task: str = MISSING
     input: str = "streams"  # or pixels: the same network on decoded pixels, to compare with
@@ -106,15 +108,19 @@ class FinetuneConfig:
 
 
 def need_splits(config: FinetuneConfig, num_samples: dict[str, int], remedy: str) -> None:
-    """See that both splits are there and hold samples (TaskError).
+    """See that the splits for training and validation are there and hold samples (TaskError).
 
     Args:
         num_samples: of each split that the data set has.
         remedy: how to make the missing one.
     """
-    for split in ("train", "val"):
+    for key in ("train_split", "val_split"):
+        split = getattr(config, key)
         if split not in num_samples:
-            raise TaskError(f"{config.data} has no {split} split, it has {_listed(list(num_samples))}; {remedy}")
+            raise TaskError(
+                f"{config.data} has no {split} split, it has {_listed(list(num_samples))}; name one with {key}=NAME, "
+                f"or {remedy}"
+            )
         if num_samples[split] == 0:
             raise TaskError(f"{config.data}: its {split} split is empty; build the data set again with more images")
 

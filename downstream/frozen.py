@@ -94,7 +94,7 @@ class RateMeter:
         sums = runtime.gather(self.sums[None].to(runtime.device)).sum(0).tolist()
         num_bytes, num_payload, pixels, images = sums
         if not images:
-            raise TaskError("no image of the val split can be used; quarantine.jsonl in the run folder says why")
+            raise TaskError("no image of the validation split can be used; quarantine.jsonl in the run folder says why")
         return {"bpp": 8 * num_bytes / pixels, "bpp_payload": 8 * num_payload / pixels, "images": int(images)}
 
 

@@ -36,8 +36,8 @@ FREE = {
     "run", "data", "codec", "epochs", "teacher_epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup",
     "workers", "launcher", "precision", "num_workers", "cache_folder", "shard_cache", "shard_cache_limit", "log_every",
     "checkpoint_every", "keep_checkpoints", "teacher", "gate", "num_channels", "channels", "chosen", "transform",
-    "backbone", "start", "drop_at", "classes", "fpn_channels", "hidden", "anchors", "proposals", "rois", "voc07",
-    "label_smoothing",
+    "backbone", "start", "val_split", "drop_at", "classes", "fpn_channels", "hidden", "anchors", "proposals", "rois",
+    "voc07", "label_smoothing",
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = la
         runtime.barrier()
         starts = range(0, count, PART)
         parts = [(view, number) for view in range(task.num_views) for number in range(len(starts))]
-        quarantine = Quarantine(config.run, "train", runtime.rank)
+        quarantine = Quarantine(config.run, config.train_split, runtime.rank)
         ours = parts[runtime.rank :: runtime.world]
         for done, (view, number) in enumerate(ours):
             record = folder / PARTS / f"view{view}-{number:06d}.json"

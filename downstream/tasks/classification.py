@@ -123,11 +123,11 @@ class Classification(Task[ClassificationConfig, Any]):
     def check_data(cls, config: ClassificationConfig, manifest: Manifest) -> Found:
         """Number of training samples; TaskError where the data set lacks labels or a split."""
         need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, REMEDY)
-        reader = ShardReader(config.data, manifest.split("train"), shard_cache_of(config))
+        reader = ShardReader(config.data, manifest.split(config.train_split), shard_cache_of(config))
         first = json.loads(reader.read(0).get("json") or b"{}")
         if not manifest.classes or first.get("label") is None:
             raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
-        num_samples = manifest.split("train").num_samples
+        num_samples = manifest.split(config.train_split).num_samples
         need_batches(config, num_samples, per_worker=2)
         return Found(num_samples)
 
@@ -161,7 +161,9 @@ class Classification(Task[ClassificationConfig, Any]):
     def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
         """A crop, as a training draws it."""
         if self._canvases is None:
-            self._canvases = CanvasDataset(self.config.data, "train", self._canvas_size, self.shard_cache)
+            self._canvases = CanvasDataset(
+                self.config.data, self.config.train_split, self._canvas_size, self.shard_cache
+            )
         batch = collate([self._canvases[number]])
         generator = torch.Generator(self.device)
         generator.manual_seed(seeded(self.config.seed, view * self.found.num_samples + number))
@@ -170,6 +172,7 @@ class Classification(Task[ClassificationConfig, Any]):
     def _training_loader(self, samples_seen: int = 0, num_workers: int = 0) -> CanvasLoader:
         return train_loader(
             self.config.data,
+            self.config.train_split,
             canvas_size=self._canvas_size,
             batch_size=self.config.batch_size,
             rank=self.runtime.rank,
@@ -229,7 +232,7 @@ class Classification(Task[ClassificationConfig, Any]):
         self.model.eval()
         pooled, labels = [], []
         num_samples = self.found.num_samples
-        for batch in self._evaluation_batches("train", num_samples - num_samples % self.runtime.world):
+        for batch in self._evaluation_batches(self.config.train_split, num_samples - num_samples % self.runtime.world):
             with self.autocast():
                 f3 = self.source.features(self._centers(batch))
                 pooled.append(self.model.pooled(f3).float())
@@ -258,7 +261,7 @@ class Classification(Task[ClassificationConfig, Any]):
         """Accuracies and rates."""
         self.model.eval()
         correct, rates = torch.zeros(2, dtype=torch.float64), RateMeter()
-        for batch in self._evaluation_batches("val", None):
+        for batch in self._evaluation_batches(self.config.val_split, None):
             f3, sizes, payloads = self.source.through_streams(self._centers(batch))
             with self.autocast():
                 logits = self.model(f3)

@@ -38,7 +38,7 @@ from data_pipeline.samples import (
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
 from downstream.channels import most_varied
-from downstream.config import FinetuneConfig, need_batches, need_splits
+from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_objects
 from downstream.evaluation.objects import coco_metrics, voc_ap50
@@ -48,7 +48,7 @@ from downstream.latents import LatentCodec, Received
 from downstream.stream_cache import STREAM, StreamDataset
 from downstream.tasks.latent_input import LatentInput, LatentOptions, create_latent_codec, gate_of
 from downstream.tasks.rcnn import COARSEST, NUM_LEVELS, Detector, GatedDetector
-from downstream.tasks.task import Found, Task, settle_statistics, shard_cache_of
+from downstream.tasks.task import Found, Task, settle_statistics, shard_cache_of, survey_splits
 from pretrain.codec import bitstream
 from pretrain.codec.feature_codec import FeatureCodec
 
@@ -132,26 +132,13 @@ class Detection(Task[DetectionConfig, list[Example]]):
     @classmethod
     def check_data(cls, config: DetectionConfig, manifest: Manifest) -> Found:
         """Surveys of both splits; TaskError where one is missing or has no objects."""
-        need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, cls.remedy)
-        what = "boxes and masks" if cls.masks else "boxes"
+        what, cache, count = "boxes and masks" if cls.masks else "boxes", shard_cache_of(config), len(manifest.classes)
         if not manifest.classes:
             raise TaskError(f"{config.data} names no classes; {config.task} needs {what} with classes, {cls.remedy}")
-        cache, count = shard_cache_of(config), len(manifest.classes)
-        surveys = {split: survey_objects(config.data, split, count, cls.masks, cache) for split in ("train", "val")}
-        for split, survey in surveys.items():
-            if not survey.found:
-                raise TaskError(
-                    f"{config.data}: no image of its {split} split has {what}{_reasons(survey.left_out)}; "
-                    f"{config.task} needs them, {cls.remedy}"
-                )
-        num_samples = len(surveys["train"].usable)
-        need_batches(config, num_samples, per_worker=1)
-        left_out = {
-            f"{split}: {reason}": count
-            for split, survey in surveys.items()
-            for reason, count in survey.left_out.items()
-        }
-        return Found(num_samples, left_out, details=surveys)
+        return survey_splits(
+            config, manifest, lambda split: survey_objects(config.data, split, count, cls.masks, cache),
+            what=what, remedy=cls.remedy, per_worker=1,
+        )  # fmt: skip
 
     def make_source(self) -> FeatureSource | LatentCodec:
         if self.config.gate is None:
@@ -180,9 +167,11 @@ class Detection(Task[DetectionConfig, list[Example]]):
             if self.config.gate == "variance":
                 gate = model.front.gate
                 assert isinstance(gate, StaticGate)
-                images = (sample.image for sample in once(self.dataset("train")))
+                images = (sample.image for sample in once(self.dataset(self.config.train_split)))
                 gate.chosen.copy_(torch.tensor(most_varied(self.source, images, self.config.num_channels)))
-        batches = self._loader(self.dataset("train"), STATISTICS_BATCH * self.runtime.world, num_workers=0)
+        batches = self._loader(
+            self.dataset(self.config.train_split), STATISTICS_BATCH * self.runtime.world, num_workers=0
+        )
         samples = min(STATISTICS_SAMPLES, self.found.num_samples)
         pyramid = model.detector.pyramid if isinstance(model, GatedDetector) else model.pyramid
         with torch.no_grad(), self.autocast():
@@ -199,7 +188,9 @@ class Detection(Task[DetectionConfig, list[Example]]):
     def batches(self, samples_seen: int) -> Iterator[list[Example]]:
         config = self.config
         if config.cache == "none":
-            for samples in self._loader(self.dataset("train"), config.batch_size, config.num_workers, samples_seen):
+            for samples in self._loader(
+                self.dataset(self.config.train_split), config.batch_size, config.num_workers, samples_seen
+            ):
                 yield [Example(sample, None) for sample in samples]
         else:
             streams = StreamDataset.of_task(self)
@@ -230,7 +221,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
     def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
         """The image or its mirror image; pixels go along where the loss compares with their features."""
         if self._train_set is None:
-            self._train_set = self.dataset("train")
+            self._train_set = self.dataset(self.config.train_split)
         sample = self._train_set[number]
         if view:
             sample = mirror(sample)
@@ -291,7 +282,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
         self.model.eval()
         rates, lines = RateMeter(), []
         runtime, channels = self.runtime, 0
-        dataset = self.dataset("val")
+        dataset = self.dataset(self.config.val_split)
         for sample in once(dataset, rank=runtime.rank, world=runtime.world, quarantine=self.config.run):
             height, width = _size(sample.image)
             received, size, payload = self._through_stream(sample.image)
@@ -399,7 +390,3 @@ def _cut(features: list[Tensor]) -> Tensor:
 
 def _size(image: Tensor) -> tuple[int, int]:
     return image.shape[-2], image.shape[-1]
-
-
-def _reasons(left_out: dict[str, int]) -> str:
-    return "".join(f", {count} x {reason}" for reason, count in left_out.items())

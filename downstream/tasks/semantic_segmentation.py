@@ -34,7 +34,7 @@ from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.views import normalize
 from downstream.channels import most_varied
-from downstream.config import FinetuneConfig, need_batches, need_splits
+from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import create_anchor
 from downstream.evaluation.drawing import draw_regions
@@ -45,7 +45,7 @@ from downstream.latents import LatentCodec, Received
 from downstream.stream_cache import STREAM, StreamDataset
 from downstream.tasks.deeplab import DeepLab, SegmentationTail, enlarge, load_deeplab
 from downstream.tasks.latent_input import LatentInput, LatentOptions, create_latent_codec, feature_distance, gate_of
-from downstream.tasks.task import Found, Task, shard_cache_of
+from downstream.tasks.task import Found, Task, shard_cache_of, survey_splits
 from pretrain.codec import bitstream
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.feature_codec import FeatureCodec
@@ -179,22 +179,12 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
     @classmethod
     def check_data(cls, config: SegmentationConfig, manifest: Manifest) -> Found:
         """Surveys of both splits; TaskError where one is missing or has no masks."""
-        need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, REMEDY)
         cache = shard_cache_of(config)
-        surveys = {name: survey_masks(config.data, name, len(config.classes), cache) for name in ("train", "val")}
-        for split, found in surveys.items():
-            if not len(found.usable):
-                reasons = "".join(f", {count} x {reason}" for reason, count in found.left_out.items())
-                raise TaskError(
-                    f"{config.data}: no image of its {split} split has a semantic mask{reasons}; "
-                    f"semantic_segmentation needs them, {REMEDY}"
-                )
-        # A batch norm behind ASPP's pooling sees one value of each image: one image alone has no variance.
-        need_batches(config, len(surveys["train"].usable), per_worker=2)
-        left_out = {
-            f"{split}: {reason}": count for split, found in surveys.items() for reason, count in found.left_out.items()
-        }
-        return Found(len(surveys["train"].usable), left_out, details=surveys)
+        return survey_splits(
+            config, manifest, lambda split: survey_masks(config.data, split, len(config.classes), cache),
+            # A batch norm behind ASPP's pooling sees one value of each image: one image alone has no variance.
+            what="a semantic mask", remedy=REMEDY, per_worker=2,
+        )  # fmt: skip
 
     @classmethod
     def check_codec(cls, config: SegmentationConfig, codec: FeatureCodec | None) -> None:
@@ -246,7 +236,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
         if config.gate == "variance":
             gate = self.model.input.gate
             assert isinstance(gate, StaticGate)
-            images = (sample.image for sample in once(self.dataset("train")))
+            images = (sample.image for sample in once(self.dataset(config.train_split)))
             gate.chosen.copy_(torch.tensor(most_varied(self.source, images, config.num_channels)))
 
     def _load_teacher(self) -> DeepLab:
@@ -277,7 +267,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
         crops = TrainingCrops((config.height, config.width), (config.scale_min, config.scale_max))
         return MaskDataset(
             config.data, split, self.found.details[split].usable, len(config.classes), config.short_side,
-            crops if split == "train" else None, config.seed, self.shard_cache,
+            crops if split == config.train_split else None, config.seed, self.shard_cache,
         )  # fmt: skip
 
     def batches(self, samples_seen: int) -> Iterator[MaskBatch]:
@@ -290,13 +280,13 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
             for samples in training_loader(StreamDataset.of_task(self), **options):
                 yield self._of_streams(samples)
         else:
-            for crops in training_loader(self.dataset("train"), **options):
+            for crops in training_loader(self.dataset(config.train_split), **options):
                 images = torch.stack([crop.image for crop in crops]).to(self.device)
                 yield MaskBatch(images, torch.stack([crop.mask for crop in crops]).long().to(self.device), None)
 
     def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
         """A crop, as a training draws it; the pixels go along, where the loss compares with the teacher's features."""
-        dataset = self.dataset("train")
+        dataset = self.dataset(self.config.train_split)
         position = view * len(dataset) + number
         crop = dataset.load(dataset.raw(number, None), int(dataset.usable[number]), position)
         fields: dict[str, Any] = {"mask.png": _png(crop.mask.numpy())}
@@ -356,7 +346,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
         """mIoU and rate from real streams that carry the chosen channels and their list, nothing else."""
         self.model.eval()
         metric, rates, channels = SegmentationMetric(len(self.config.classes)), RateMeter(), 0
-        dataset, runtime = self.dataset("val"), self.runtime
+        dataset, runtime = self.dataset(self.config.val_split), self.runtime
         for sample in once(dataset, rank=runtime.rank, world=runtime.world, quarantine=self.config.run):
             height, width = sample.mask.shape
             received, size, payload = self._through_stream(sample.image)

@@ -29,8 +29,9 @@ from torch.optim.swa_utils import update_bn
 
 from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
+from data_pipeline.samples import Survey
 from data_pipeline.shards import Manifest
-from downstream.config import FinetuneConfig
+from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.frozen import source_of
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 from pretrain.codec.feature_codec import FeatureCodec
@@ -157,7 +158,7 @@ class Task(ABC, Generic[C, B]):
 
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
-        """`metrics`, `numbers`, `bpp`, `bpp_payload`, `images` and whatever else there is to tell, of the val split.
+        """`metrics`, `numbers`, `bpp`, `bpp_payload`, `images` and whatever else there is to tell, of the validation split.
 
         From real streams, on all ranks together; each gets the same.
         """
@@ -226,6 +227,40 @@ class Task(ABC, Generic[C, B]):
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """The run's precision, or float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled and self.config.precision == "bf16")
+
+
+def survey_splits(
+    config: FinetuneConfig,
+    manifest: Manifest,
+    survey: Callable[[str], Survey],
+    *,
+    what: str,
+    remedy: str,
+    per_worker: int,
+) -> Found:
+    """What both splits hold for a task, its `details` the surveys by split.
+
+    Args:
+        survey: of a split by name.
+        what: the task needs, in words.
+        remedy: how to make a data set that has it.
+        per_worker: least samples in a batch for each worker.
+
+    Raises:
+        TaskError: a split is missing or holds nothing for the task; the batch is too large or too small.
+    """
+    need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, remedy)
+    surveys = {split: survey(split) for split in dict.fromkeys((config.train_split, config.val_split))}
+    for split, one in surveys.items():
+        if not one.found:
+            reasons = "".join(f", {count} x {reason}" for reason, count in one.left_out.items())
+            raise TaskError(
+                f"{config.data}: no image of its {split} split has {what}{reasons}; {config.task} needs them, {remedy}"
+            )
+    num_samples = len(surveys[config.train_split].usable)
+    need_batches(config, num_samples, per_worker)
+    left_out = {f"{split}: {name}": count for split, one in surveys.items() for name, count in one.left_out.items()}
+    return Found(num_samples, left_out, details=surveys)
 
 
 def shard_cache_of(config: FinetuneConfig) -> ShardCache:
