@@ -161,17 +161,15 @@ class Detection(Task[DetectionConfig, list[Example]]):
 
         Behind a gate these are f1, which the transform learns to give.
         """
-        model, source = self.model, self.source
+        model, source, train_set = self.model, self.source, self.dataset(self.config.train_split)
         if isinstance(model, GatedDetector):
             source = PixelInput(self.head, None, self.device)
             if self.config.gate == "variance":
                 gate = model.front.gate
                 assert isinstance(gate, StaticGate)
-                images = (sample.image for sample in once(self.dataset(self.config.train_split)))
+                images = (sample.image for sample in once(train_set))
                 gate.chosen.copy_(torch.tensor(most_varied(self.source, images, self.config.num_channels)))
-        batches = self._loader(
-            self.dataset(self.config.train_split), STATISTICS_BATCH * self.runtime.world, num_workers=0
-        )
+        batches = self._loader(train_set, STATISTICS_BATCH * self.runtime.world, num_workers=0)
         samples = min(STATISTICS_SAMPLES, self.found.num_samples)
         pyramid = model.detector.pyramid if isinstance(model, GatedDetector) else model.pyramid
         with torch.no_grad(), self.autocast():
@@ -188,9 +186,8 @@ class Detection(Task[DetectionConfig, list[Example]]):
     def batches(self, samples_seen: int) -> Iterator[list[Example]]:
         config = self.config
         if config.cache == "none":
-            for samples in self._loader(
-                self.dataset(self.config.train_split), config.batch_size, config.num_workers, samples_seen
-            ):
+            train_set = self.dataset(config.train_split)
+            for samples in self._loader(train_set, config.batch_size, config.num_workers, samples_seen):
                 yield [Example(sample, None) for sample in samples]
         else:
             streams = StreamDataset.of_task(self)

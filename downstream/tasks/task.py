@@ -32,6 +32,7 @@ from data_pipeline.cache import ShardCache
 from data_pipeline.samples import Survey
 from data_pipeline.shards import Manifest
 from downstream.config import FinetuneConfig, need_batches, need_splits
+from downstream.errors import TaskError
 from downstream.frozen import source_of
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 from pretrain.codec.feature_codec import FeatureCodec
@@ -158,7 +159,7 @@ class Task(ABC, Generic[C, B]):
 
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
-        """`metrics`, `numbers`, `bpp`, `bpp_payload`, `images` and whatever else there is to tell, of the validation split.
+        """`metrics`, `numbers`, `bpp`, `bpp_payload`, `images` and whatever else there is to tell, of `val_split`.
 
         From real streams, on all ranks together; each gets the same.
         """
