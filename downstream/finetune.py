@@ -45,19 +45,9 @@ FREE_KEYS = {
 }  # fmt: skip
 ENCODING_LOG_SECONDS = 15.0
 FACTS = (
-    "task",
-    "codec",
-    "data",
-    "input",
-    "anchor",
-    "rate",
-    "classes",
-    "probe",
-    "image_size",
-    "latents",
-    "gate",
+    "task", "codec", "data", "val_split", "input", "anchor", "rate", "classes", "probe", "image_size", "latents", "gate",
     "transform",
-)
+)  # fmt: skip
 
 
 def resolve(recipe: str, overrides: list[str]) -> FinetuneConfig:

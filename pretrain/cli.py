@@ -68,6 +68,9 @@ def encode(
     channels: Annotated[
         Path | None, typer.Option(help="JSON file of the channels that the base layer holds: `dicm select-channels`.")
     ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="With --channels: base leaves the other channels out; else rest follows.")
+    ] = None,
 ) -> None:
     """Encode images to bitstreams, NAME.dicm.
 
@@ -75,10 +78,12 @@ def encode(
     """
     from pretrain.coding import encode_files
 
-    result = encode_files(codec, images, out, console, rate, max_bytes, tile, precision, channels)
+    result = encode_files(codec, images, out, console, rate, max_bytes, tile, precision, channels, layers)
+    rest = result.num_bytes - result.num_base_bytes
     console.print(
         f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp, "
         f"{result.images_per_second:.2f} images/s"
+        + (f"; base {result.num_base_bytes} bytes, rest {rest}" if rest else "")
         + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else ""),
         soft_wrap=True,  # names stay whole, to be copied
     )

@@ -52,6 +52,7 @@ class Encoded:
 
     num_files: int = 0
     num_bytes: int = 0
+    num_base_bytes: int = 0  # headers and base layers: what a receiver of the base alone reads
     num_pixels: int = 0
     seconds: float = 0.0
     rejected: list[str] = field(default_factory=list)
@@ -105,6 +106,7 @@ def encode_files(
     tile: int | None = None,
     precision: str = "fp32",
     channels: Path | None = None,
+    last_layer: str | None = None,
 ) -> Encoded:
     """Encode every image of `sources` to `out`/NAME.dicm; of several images, those that fail are left out by name.
 
@@ -116,14 +118,19 @@ def encode_files(
         rate, max_bytes, tile: passed on to `FeatureCodec.encode` where given.
         precision: of the networks, fp32 or bf16.
         channels: file that names the channels of the `base` layer (`read_channels`); the codec's own where None.
+        last_layer: with `channels`, `base` leaves the other channels out.
 
     Raises:
-        ConfigError: `rate`, `max_bytes`, `tile` or `precision` out of range; a file that names no channels.
+        ConfigError: `rate`, `max_bytes`, `tile` or `precision` out of range; a file that names no channels; a layer
+            that there is not, or that cannot be left out.
         CodecError: no image found, two images of one name, the only image fails, `out` cannot be written.
     """
     limits = _limits(rate, max_bytes, tile)
+    _check_layer(last_layer)
+    if last_layer == LAYER_NAMES[0] and channels is None:
+        raise ConfigError(f"--layers={last_layer}: needs --channels FILE, which says what the base layer holds")
     if channels is not None:
-        limits["channels"] = read_channels(channels)
+        limits |= {"channels": read_channels(channels), "rest": last_layer != LAYER_NAMES[0]}
     _check_precision(precision)
     files = _targets(sources, IMAGE_SUFFIXES, out, STREAM_SUFFIX)
     _check_writable(out)
@@ -145,6 +152,7 @@ def encode_files(
             _write(target, stream)
             result.num_files += 1
             result.num_bytes += len(stream)
+            result.num_base_bytes += model.describe(stream).base_bytes
             result.num_pixels += image.shape[-1] * image.shape[-2]
             result.seconds = time.perf_counter() - start
             figures = f"{result.images_per_second:.2f} images/s, {result.bits_per_pixel:.4f} bpp"
@@ -180,8 +188,7 @@ def decode_files(
         CodecError, BitstreamError: no stream found, one that is damaged or of another codec, by name, several for
             one file, `out` cannot be written.
     """
-    if last_layer is not None and last_layer not in LAYER_NAMES:
-        raise ConfigError(f"--layers={last_layer}: no such layer; choose one of {', '.join(LAYER_NAMES)}")
+    _check_layer(last_layer)
     if format is not None and format not in FORMATS:
         raise ConfigError(f"--format={format}: no such format; choose one of {', '.join(FORMATS)}")
     _check_precision(precision)
@@ -204,6 +211,11 @@ def decode_files(
             _write(target, _file_of(features, target.suffix[1:].lower(), model.describe(stream), fingerprint))
             progress.advance(task)
     return len(files)
+
+
+def _check_layer(last_layer: str | None) -> None:
+    if last_layer is not None and last_layer not in LAYER_NAMES:
+        raise ConfigError(f"--layers={last_layer}: no such layer; choose one of {', '.join(LAYER_NAMES)}")
 
 
 def _check_precision(precision: str) -> None:

@@ -58,7 +58,7 @@ class Report:
     Attributes:
         results: of fine-tunes, as in their results.json.
         pretraining: run folder whose curves and pictures are shown.
-        codecs: exported codecs whose features are shown, on validation images of `data`.
+        codecs: exported codecs whose features are shown, on images of `split` of `data`.
         timings: seconds by step.
         commands: that were run.
     """
@@ -70,6 +70,7 @@ class Report:
     data: str | Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
+    split: str = "val"
 
     def write(self, path: Path) -> None:
         """Write the HTML file, whole or not at all."""
@@ -93,18 +94,18 @@ class Report:
     def _accuracy(self) -> str:
         if not self.results:
             return ""
-        rows = [
-            _cells("td", [_label(row), *table(row).values()]) for rows in grouped(self.results).values() for row in rows
-        ]
-        title = next(iter(metric_titles(self.results[0]).values()))
+        shown = [(row, table(row)) for rows in grouped(self.results).values() for row in rows]
+        titles = list(dict.fromkeys(title for _, figures in shown for title in figures))
+        rows = [_cells("td", [_label(row), *(figures.get(title, "-") for title in titles)]) for row, figures in shown]
+        headline = next(iter(metric_titles(self.results[0]).values()))
         return (
             "<h2>Accuracy over rate</h2>"
             + _figure(
                 rate_accuracy_svg(self.results),
-                f"{title} of the same network (the backbone's tail and a head) on features from the codec's streams, "
-                "and on pixels decoded from other codecs. Further left and higher is better.",
+                f"{headline} of the same network (the backbone's tail and a head) on features from the codec's "
+                "streams, and on pixels decoded from other codecs. Further left and higher is better.",
             )
-            + f"<div class='scroll'><table>{_cells('th', ['input', *table(self.results[0])])}"
+            + f"<div class='scroll'><table>{_cells('th', ['input', *titles])}"
             f"{''.join(rows)}</table></div><p class='soft'>Whole files "
             "count every byte. Payload leaves out headers, and for pixel codecs what a file of one flat colour "
             "has too.</p>"
@@ -129,7 +130,7 @@ class Report:
     def _features(self) -> str:
         if not self.codecs or self.data is None:
             return ""
-        return "<h2>What is kept</h2>" + "".join(feature_figure(codec, self.data) for codec in self.codecs)
+        return "<h2>What is kept</h2>" + "".join(feature_figure(codec, self.data, self.split) for codec in self.codecs)
 
     def _training(self) -> str:
         rows = read_rows(self.pretraining / METRICS) if self.pretraining else []
@@ -170,12 +171,12 @@ class Report:
 
 
 @torch.inference_mode()
-def feature_figure(codec_folder: Path, data: str | Path) -> str:
-    """f1, f2 and f3 of a few validation images as colours, beside the image and its stream's size."""
+def feature_figure(codec_folder: Path, data: str | Path, split: str) -> str:
+    """f1, f2 and f3 of a few images of a split as colours, beside the image and its stream's size."""
     codec = FeatureCodec.from_pretrained(codec_folder)
     size = codec.extra.get("image_size", 224)
     canvas_size = codec.extra.get("canvas_size", size)
-    batch = next(iter(eval_loader(data, "val", canvas_size=canvas_size, batch_size=NUM_PICTURES, limit=NUM_PICTURES)))
+    batch = next(iter(eval_loader(data, split, canvas_size=canvas_size, batch_size=NUM_PICTURES, limit=NUM_PICTURES)))
     images = center_images(batch.canvas, batch.aspect, size)
     streams = codec.encode_batch(images)
     f3 = codec.decode_batch(streams)
@@ -206,13 +207,19 @@ def report_of_runs(runs: list[Path], out: Path, pretraining: Path | None) -> Non
         raise TaskError(f"runs of {' and '.join(tasks)} have different metrics; write a report for each task")
     if pretraining is not None and not (pretraining / METRICS).is_file():
         raise TaskError(f"{pretraining}: not a run folder of `dicm pretrain` (no {METRICS})")
-    codecs = [Path(codec) for codec in dict.fromkeys(row["codec"] for row in results if row["input"] == "streams")]
-    codecs = [codec for codec in codecs if codec.is_dir()]
-    Report("Rate and accuracy", results, pretraining, codecs, results[0]["data"]).write(out)
+    named = dict.fromkeys(row["codec"] for row in results if row["input"] == "streams" and row["codec"])
+    codecs = [Path(codec) for codec in named if Path(codec).is_dir()]
+    split = results[0].get("val_split", "val")
+    Report("Rate and accuracy", results, pretraining, codecs, results[0]["data"], split=split).write(out)
 
 
 def _label(row: dict[str, Any]) -> str:
-    name = row["anchor"] or ("streams of " + Path(row["codec"]).name if series_of(row) == "codec" else "clean pixels")
+    name = row["anchor"] or "clean pixels"
+    if series_of(row) == "codec":
+        latents = row.get("latents", "codec")
+        name = "streams of " + (Path(row["codec"]).name if latents == "codec" else latents)
+        if row.get("gate"):
+            name += f", gate {row['gate']}, {row['transform']}"
     if row.get("rate") is not None:
         name += f", rate {row['rate']:g}"
     return f"{name}, linear probe" if row.get("probe") else name

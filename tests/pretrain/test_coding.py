@@ -69,6 +69,15 @@ def test_encode__channels_of_a_file(codec: FeatureCodec, exported_codec: Path, t
     assert result.returncode == 0, result.stderr
     stream = (tmp_path / "a.dicm").read_bytes()
     assert stream == codec.encode(read_image(tmp_path / "a.png"), channels=[1, 5])
+    # The sizes of both layers are told; the base alone is the beginning of the same stream, but for its layer table.
+    base = codec.encode(read_image(tmp_path / "a.png"), channels=[1, 5], rest=False)
+    total = codec.describe(stream).base_bytes
+    assert f"base {total} bytes, rest {len(stream) - total}" in result.stdout
+    alone = dicm("encode", tmp_path / "a.png", *options, "--layers", "base")
+    assert alone.returncode == 0 and "rest" not in alone.stdout, alone.stderr
+    assert (tmp_path / "a.dicm").read_bytes() == base
+    assert_refused(dicm("encode", tmp_path / "a.png", *options[:4], "--layers", "base"), "--layers=base", "--channels")
+    assert_refused(dicm("encode", tmp_path / "a.png", *options, "--layers", "top"), "--layers=top", "base, rest")
     (tmp_path / "channels.json").write_text("[500]")
     assert_refused(dicm("encode", tmp_path / "a.png", *options), "a.png", "500", "0..15")
 
