@@ -45,8 +45,8 @@ FREE_KEYS = {
 }  # fmt: skip
 ENCODING_LOG_SECONDS = 15.0
 FACTS = (
-    "task", "codec", "data", "val_split", "input", "anchor", "rate", "classes", "probe", "image_size", "latents", "gate",
-    "transform",
+    "task", "codec", "data", "val_split", "input", "anchor", "rate", "classes", "probe", "image_size", "latents",
+    "gate", "transform",
 )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     with ProgressFollower(folder, sum(config.stages(found.num_samples).values())):
-        launcher.run(finetune, config, workers=config.workers, launcher=config.launcher, run_dir=config.run)
+        launcher.run(finetune, Job(config, found), workers=config.workers, launcher=config.launcher, run_dir=config.run)
     if not (folder / RESULTS).is_file():
         raise TaskError(f"run={folder} was stopped; it has a checkpoint, the same command continues")
     return read_results(folder)
@@ -111,9 +111,16 @@ def load_run(folder: Path) -> FinetuneConfig:
     return config
 
 
-def finetune(runtime: Runtime, config: FinetuneConfig) -> None:
+class Job(NamedTuple):
+    """What a worker is told: a run's options, and what its data set holds."""
+
+    config: FinetuneConfig
+    found: Found
+
+
+def finetune(runtime: Runtime, job: Job) -> None:
     """What every worker runs."""
-    Finetuner(runtime, config).train()
+    Finetuner(runtime, *job).train()
 
 
 class Stage(NamedTuple):
@@ -131,15 +138,16 @@ def stages_of(steps: dict[str, int]) -> list[Stage]:
 
 
 class Finetuner:
-    """One rank of a fine-tune; `enter` the last stage to evaluate what was trained."""
+    """One rank of a fine-tune; `enter` the last stage to evaluate what was trained.
 
-    def __init__(self, runtime: Runtime, config: FinetuneConfig):
+    Args:
+        found: what `check_data` says of the data set.
+    """
+
+    def __init__(self, runtime: Runtime, config: FinetuneConfig, found: Found):
         self.runtime, self.config, self.device = runtime, config, runtime.device
         kind = task_class(config.task)
-        codec, manifest = kind.load_codec(config), Manifest.load(config.data)
-        kind.fill_in(config, codec, manifest)
-        found: Found = runtime.broadcast(kind.check_data(config, manifest) if runtime.rank == 0 else None)
-        self.task = kind(config, codec, runtime, found)
+        self.task = kind(config, kind.load_codec(config), runtime, found)
         self.left_out = found.left_out
         self.stages = stages_of(config.stages(found.num_samples))
         self.num_steps = self.stages[-1].end
@@ -285,6 +293,14 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     return results
 
 
+def create_tuner(config: FinetuneConfig) -> Finetuner:
+    """The tuner of a run of one process, its options filled in and its data looked at."""
+    task = task_class(config.task)
+    manifest = Manifest.load(config.data)
+    task.fill_in(config, task.load_codec(config), manifest)
+    return Finetuner(launcher.LocalRuntime(), config, task.check_data(config, manifest))
+
+
 def open_run(folder: Path) -> Finetuner:
     """A complete run with its data and trained network, in this process.
 
@@ -300,6 +316,6 @@ def open_run(folder: Path) -> Finetuner:
             f"{folder}: the run is not complete (step {done} of {total}); "
             f"`dicm finetune {config.task} ... run={folder}` goes on with it"
         )
-    tuner = Finetuner(launcher.LocalRuntime(), config)
+    tuner = Finetuner(launcher.LocalRuntime(), config, found)
     tuner.enter(tuner.stages[-1])
     return tuner

@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NARROW, REPOSITORY, SHORT, dicm
+from small_objects import SMALL_CROPS
 from torchvision.io import write_jpeg
 
+from data_pipeline.scenes import write_scenes
+
+SMALL = {"semantic_segmentation_small": SMALL_CROPS}
 README = (REPOSITORY / "README.md").read_text()
 NEEDS_A_CLUSTER = ("RAY_ADDRESS", "torchrun")
 
@@ -26,7 +30,7 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with photos/train and photos/val of two classes, and a photo.jpg."""
+    """A working folder with photos/train and photos/val of two classes, a photo.jpg, and sets with boxes and masks."""
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 20), ("val", 4)):
@@ -36,6 +40,9 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8, generator=generator)
                 write_jpeg(image, str(tmp_path / "photos" / split / name / f"{split}{name}{number}.jpg"))
     write_jpeg(image, "photo.jpg")
+    write_scenes(tmp_path / "data" / "voc", train=16, val=4, size=64, seed=0)
+    for name in ("coco", "cityscapes"):
+        (tmp_path / "data" / name).symlink_to("voc")
     return tmp_path
 
 
@@ -53,11 +60,11 @@ def test_readme__every_command_runs(photos: Path):
             arguments += [*small, "launcher=local", *([] if "workers" in given else ["workers=1"])]
             arguments = [argument for argument in arguments if argument != "workers=2"] + ["workers=1"]
         if arguments[0] == "finetune":
-            arguments += ["launcher=local", "epochs=1", "batch_size=16"]
+            arguments += ["launcher=local", "epochs=1", "batch_size=16", *SMALL.get(arguments[1], [])]
         result = dicm(*arguments)
         assert result.returncode == 0, (command, result.stderr)
         run += 1
-    assert run >= 9
+    assert run >= 13
 
     python = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert python

@@ -37,7 +37,6 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.metrics import read_rows
-from cluster.runtime import LocalRuntime
 from data_pipeline.masks import IGNORE
 from data_pipeline.samples import facts_of, once
 from data_pipeline.scenes import write_scenes
@@ -156,7 +155,7 @@ def beside_nothing(run: Path) -> dict[str, dict[str, Any]]:
         config.teacher = config.teacher or str(run / "teacher.pt")
     with tempfile.TemporaryDirectory() as scratch:
         config.run, start = scratch, time.perf_counter()
-        tuner = finetune.Finetuner(LocalRuntime(), config)
+        tuner = finetune.create_tuner(config)
         tuner.enter(tuner.stages[-1])
         tuner.task.begin()
         untrained = chosen(tuner.task.evaluate(), titles, start)
@@ -264,7 +263,7 @@ def one_step(task: str, small: bool) -> dict[str, float]:
         )
         options = ["height=64", "width=64", "short_side=64"] if small and task == "semantic_segmentation" else []
         places = [f"codec={scratch}/codec", f"data={scratch}/data", f"run={scratch}/run", "launcher=local"]
-        tuner = finetune.Finetuner(LocalRuntime(), finetune.resolve(recipe, [*places, *options]))
+        tuner = finetune.create_tuner(finetune.resolve(recipe, [*places, *options]))
         for stage in tuner.stages:  # the last is measured; one before it leaves what it needs
             tuner.enter(stage)
             if stage is not tuner.stages[-1]:

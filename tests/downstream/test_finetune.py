@@ -41,7 +41,7 @@ def test_frozen_codec__nothing_of_it_changes_while_a_task_trains(exported_codec:
     config = finetune.resolve(
         "classification", options(exported_codec, scenes, tmp_path, "image_size=64", "canvas_size=64")
     )
-    tuner = finetune.Finetuner(finetune.launcher.LocalRuntime(), config)
+    tuner = finetune.create_tuner(config)
     tuner.enter(tuner.stages[0])
     before = {name: tensor.clone() for name, tensor in tuner.task.source.codec.state_dict().items()}
     tail = {name: tensor.clone() for name, tensor in tuner.model.tail.state_dict().items()}

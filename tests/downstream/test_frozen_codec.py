@@ -8,7 +8,6 @@ import pytest
 import torch
 from small_objects import NARROW_DETECTOR, SMALL_CROPS
 
-from cluster.runtime import LocalRuntime
 from downstream import finetune
 from downstream.tasks import TASKS
 from pretrain.codec.feature_codec import FeatureCodec
@@ -45,7 +44,7 @@ def test_finetune__weights_statistics_tables_and_streams_of_the_codec_stay(
         [f"codec={exported_codec}", f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", "epochs=1",
          "batch_size=16", "precision=fp32", *OPTIONS[task][1:]],
     )  # fmt: skip
-    tuner = finetune.Finetuner(LocalRuntime(), config)
+    tuner = finetune.create_tuner(config)
     codec = tuner.task.source.codec
     before = state_of(codec, image)
     tuner.enter(tuner.stages[-1])

@@ -18,7 +18,6 @@ from small_codecs import create_codec
 from small_objects import NARROW_DETECTOR, rectangles, write_eight_scenes, write_objects
 
 from cluster.metrics import read_rows
-from cluster.runtime import LocalRuntime
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import decode_mask, encode_mask
 from downstream import finetune
@@ -202,7 +201,7 @@ def test_run__a_loss_that_is_no_number_ends_the_run_in_one_line(codec: Path, dat
 
 
 def task_of(name: str, codec: Path, data: Path, run: Path, *more: str):
-    tuner = finetune.Finetuner(LocalRuntime(), finetune.resolve(f"{name}_small", options(codec, data, run, *more)))
+    tuner = finetune.create_tuner(finetune.resolve(f"{name}_small", options(codec, data, run, *more)))
     tuner.enter(tuner.stages[0])
     return tuner.task
 
