@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.errors import RunError
+from cluster.files import write_whole
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 15.0  # between lines where the output is no terminal
@@ -52,11 +53,8 @@ class MetricsLogger:
         self.run = Path(run)
         path = self.run / METRICS
         with self._writing():
-            self.run.mkdir(parents=True, exist_ok=True)
             rows = [row for row in read_rows(path) if row["step"] <= step]
-            temporary = path.with_name(f".{METRICS}.{os.getpid()}")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = path.open("a")
             self._writer = SummaryWriter(self.run / "tensorboard", purge_step=step + 1)
 

@@ -14,7 +14,6 @@ object of that dataclass, or a RecipeError of one line before any work has start
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import types
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cluster.errors import RecipeError, RunError
+from cluster.files import write_whole
 
 C = TypeVar("C")
 MISSING = "???"
@@ -70,11 +70,8 @@ def load_config(schema: type[C], recipe: str | Path | None, overrides: list[str]
 
 def save_config(config: Any, path: Path) -> None:
     """Write a config dataclass as YAML, whole or not at all (RunError where the disk refuses)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        os.replace(temporary, path)
+        write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
     except OSError as error:
         raise RunError(
             f"{path}: cannot be written ({error.strerror}); make the folder writable, or name another"

@@ -12,7 +12,6 @@ among equal counts its mean probability decides. They are written as JSON, which
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cluster.files import write_whole
 from data_pipeline.samples import once
 from downstream.errors import TaskError
 from downstream.gate import DynamicGate
@@ -85,11 +85,8 @@ def most_varied(latents: LatentCodec, images: Iterable[Tensor], num: int) -> lis
 def write_choice(path: Path, channels: Sequence[int], found: Counts, latents: str) -> None:
     """Write the choice as JSON, whole or not at all (TaskError where that fails)."""
     facts = {"channels": list(channels), **found._asdict(), "latents": latents}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(facts) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(facts) + "\n")
     except OSError as error:
         raise TaskError(f"{path}: cannot be written ({error.strerror}); name another file") from error
 

@@ -10,8 +10,6 @@ An image goes through a real stream first, as in evaluation. The run's data set 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from downstream.errors import TaskError
 from downstream.finetune import load_run
 from downstream.tasks import task_class
 from downstream.tasks.task import Task
-from pretrain.coding import IMAGE_SUFFIXES, STREAM_SUFFIX
+from pretrain.coding import IMAGE_SUFFIXES, STREAM_SUFFIX, targets_of, write_file
 from pretrain.errors import CodecError
 
 
@@ -61,15 +59,16 @@ def predict_files(
         codec: the run's codec, where it is no longer where it was.
 
     Raises:
-        TaskError: another task, no such run, no file found, two of one name, `out` cannot be written.
-        DataError, CodecError: the only file cannot be read, or is a stream of another codec.
+        TaskError: another task, no such run.
+        DataError, CodecError: no file found, two of one name, `out` cannot be written; the only file cannot be read,
+            or is a stream of another codec.
     """
     if not 0 <= score <= 1:
         raise TaskError(f"--score={score:g} is impossible; it must lie in 0..1")
-    files = _targets(sources, out)
+    files = targets_of(sources, {*IMAGE_SUFFIXES, STREAM_SUFFIX}, out, ".json")
     model = load_task(task, run, codec)
     result = Predicted()
-    for source, name in files.items():
+    for source, target in files.items():
         try:
             prediction, picture = _predict(model, source)
         except (CodecError, DataError) as error:
@@ -77,9 +76,9 @@ def predict_files(
                 raise
             result.rejected.append(str(error))
             continue
-        _write(out / f"{name}.json", json.dumps(prediction, indent=2).encode() + b"\n")
         drawn = model.draw(picture, prediction, score)
-        _write(out / f"{name}.png", encode_png(drawn.contiguous()).numpy().tobytes())
+        write_file(target.with_suffix(".png"), encode_png(drawn.contiguous()).numpy().tobytes())
+        write_file(target, json.dumps(prediction, indent=2).encode() + b"\n")
         result.num_files += 1
         result.num_bytes += prediction["bytes"]
         result.num_pixels += prediction["height"] * prediction["width"]
@@ -129,38 +128,3 @@ def _predict(task: Task[Any, Any], source: Path) -> tuple[dict[str, Any], Tensor
         "bpp": 8 * num_bytes / (height * width),
     }  # fmt: skip
     return {**facts, **task.predict(received, height, width)}, picture
-
-
-def _targets(sources: list[Path], out: Path) -> dict[Path, str]:
-    """Files to read, each with the name of what is written of it."""
-    names: dict[str, Path] = {}
-    for file in (file for source in sources for file in _files(source)):
-        if (first := names.setdefault(file.stem, file)) != file:
-            raise TaskError(f"{first} and {file} would both be written to {out / file.stem}.png; use two folders")
-    if not names:
-        kinds = ", ".join((*sorted(IMAGE_SUFFIXES), STREAM_SUFFIX))
-        raise TaskError(f"{', '.join(map(str, sources))}: no file that ends in {kinds}")
-    return {file: name for name, file in names.items()}
-
-
-def _files(source: Path) -> Iterator[Path]:
-    if not source.exists():
-        raise TaskError(f"{source}: no such file or folder")
-    if source.is_file():
-        yield source
-    else:
-        kinds = {*IMAGE_SUFFIXES, STREAM_SUFFIX}
-        yield from sorted(path for path in source.rglob("*") if path.suffix.lower() in kinds)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be written ({error.strerror}); free space or name another place") from error

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from cluster.files import write_whole
 from downstream.errors import TaskError
 
 RESULTS = "results.json"
@@ -18,10 +18,12 @@ CLASSIFICATION = {"top1": "top-1", "top5": "top-5"}  # of results that were writ
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """Write RUN/results.json, whole or not at all."""
-    temporary = folder / f".{RESULTS}.{os.getpid()}"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, folder / RESULTS)
+    """Write RUN/results.json, whole or not at all (TaskError where the disk refuses)."""
+    try:
+        write_whole(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        path = folder / RESULTS
+        raise TaskError(f"{path}: cannot be written ({error.strerror}); free space, run it again") from error
 
 
 def read_results(folder: Path) -> dict[str, Any]:

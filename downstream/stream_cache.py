@@ -13,7 +13,6 @@ them in turn, each image beginning at another one. Ranks share the parts among t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.files import write_whole
 from data_pipeline.errors import SampleError
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.samples import MOST_IN_A_ROW, SampleDataset
@@ -80,7 +80,7 @@ def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = la
     try:
         if runtime.rank == 0:
             (folder / PARTS).mkdir(parents=True, exist_ok=True)
-            _write(folder / FACTS, _facts(config))
+            write_whole(folder / FACTS, json.dumps(_facts(config)))
         runtime.barrier()
         starts = range(0, count, PART)
         parts = [(view, number) for view in range(task.num_views) for number in range(len(starts))]
@@ -91,7 +91,7 @@ def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = la
             if not record.is_file():
                 numbers = range(starts[number], min(count, starts[number] + PART))
                 shards = _encode_part(task, folder, f"view{view}-part{number:06d}", numbers, view, quarantine)
-                _write(record, [asdict(shard) for shard in shards])
+                write_whole(record, json.dumps([asdict(shard) for shard in shards]))
             on_part(done + 1, len(ours))
         runtime.barrier()
         if runtime.rank == 0:
@@ -140,12 +140,6 @@ def _facts(config: FinetuneConfig) -> dict[str, Any]:
         path = Path(config.codec) / CONFIG
         codec = json.loads(path.read_text())["fingerprint"] if path.is_file() else config.codec
     return json.loads(json.dumps({"data": Manifest.load(config.data).hash, "codec": codec, **options}))
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value) + "\n")
-    os.replace(temporary, path)
 
 
 class StreamDataset(SampleDataset[dict[str, Any]]):

@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, encode_png
 
+from cluster.files import write_whole
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
 from pretrain.codec.feature_codec import PRECISIONS, FeatureCodec
@@ -132,7 +133,7 @@ def encode_files(
     if channels is not None:
         limits |= {"channels": read_channels(channels), "rest": last_layer != LAYER_NAMES[0]}
     _check_precision(precision)
-    files = _targets(sources, IMAGE_SUFFIXES, out, STREAM_SUFFIX)
+    files = targets_of(sources, IMAGE_SUFFIXES, out, STREAM_SUFFIX)
     _check_writable(out)
     keep_freed_memory()
     model = FeatureCodec.from_pretrained(codec, precision)
@@ -149,7 +150,7 @@ def encode_files(
                 result.rejected.append(str(error))
                 progress.advance(task)
                 continue
-            _write(target, stream)
+            write_file(target, stream)
             result.num_files += 1
             result.num_bytes += len(stream)
             result.num_base_bytes += model.describe(stream).base_bytes
@@ -194,7 +195,7 @@ def decode_files(
     _check_precision(precision)
     _limits(tile=tile)
     named = _format_of_file(out, format)
-    files = _targets(sources, {STREAM_SUFFIX}, out, f".{format or FORMATS[0]}")
+    files = targets_of(sources, {STREAM_SUFFIX}, out, f".{format or FORMATS[0]}")
     if named and len(files) > 1:
         raise CodecError(f"{out}: one file for {len(files)} streams; name a folder and add --format {named}")
     if named:
@@ -208,7 +209,7 @@ def decode_files(
             stream = _read_stream(source)
             features = _named(source, model.decode, stream, last_layer, tile)[0].cpu()
             fingerprint = model.fingerprint.hex()
-            _write(target, _file_of(features, target.suffix[1:].lower(), model.describe(stream), fingerprint))
+            write_file(target, _file_of(features, target.suffix[1:].lower(), model.describe(stream), fingerprint))
             progress.advance(task)
     return len(files)
 
@@ -302,15 +303,10 @@ def _check_writable(folder: Path) -> None:
         raise CodecError(f"{folder}: {nearest} cannot be written; change its permissions or name another folder")
 
 
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all (CodecError where the disk refuses)."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, data)
     except OSError as error:
         raise CodecError(f"{path}: cannot be written ({error.strerror}); free space or name another place") from error
 
@@ -322,7 +318,12 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def _targets(sources: list[Path], suffixes: set[str], out: Path, suffix: str) -> dict[Path, Path]:
+def targets_of(sources: list[Path], suffixes: set[str], out: Path, suffix: str) -> dict[Path, Path]:
+    """Files of `sources`, and in folders of them those that end in `suffixes`, each with its target OUT/NAME`suffix`.
+
+    Raises:
+        CodecError: no such file or folder, none that ends so, two files of one name.
+    """
     files = [file for source in sources for file in _files(source, suffixes)]
     if not files:
         raise CodecError(f"{', '.join(map(str, sources))}: no file that ends in {', '.join(sorted(suffixes))}")

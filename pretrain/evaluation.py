@@ -7,13 +7,13 @@ Images are the central squares of the samples, at the run's `image_size`, withou
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cluster.files import write_whole
 from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
 from data_pipeline.loader import eval_loader
@@ -133,8 +133,5 @@ def write_summary(runtime: Runtime, config: PretrainConfig, codec: FeatureCodec,
                 rates = [step / 4 for step in range(5)]
                 bpp = {f"{rate:g}": measure_streams(config, codec, split, 64, rate)["bpp"] for rate in rates}
                 summary["streams"]["bpp_at_rate"] = bpp
-        path = Path(config.run) / "summary.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_whole(Path(config.run) / "summary.json", json.dumps(summary, indent=2) + "\n")
     runtime.barrier()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cluster.files import write_whole
 from cluster.metrics import METRICS, read_rows
 from data_pipeline.loader import eval_loader
 from data_pipeline.views import center_images, normalize
@@ -80,10 +81,10 @@ class Report:
             f'content="width=device-width, initial-scale=1"><title>{html.escape(self.title)}</title>'
             f"<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(page)
-        os.replace(temporary, path)
+        try:
+            write_whole(path, page)
+        except OSError as error:
+            raise TaskError(f"{path}: cannot be written ({error.strerror}); name another file with -o") from error
 
     def _head(self) -> str:
         return (

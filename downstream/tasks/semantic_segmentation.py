@@ -13,7 +13,7 @@ Source: Liu, Sun, Katto 2022, sections 2 and 3.1.
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from cluster.files import write_whole
 from data_pipeline.masks import IGNORE, MaskDataset, TrainingCrops, survey_masks
 from data_pipeline.samples import once, training_loader
 from data_pipeline.shards import Manifest
@@ -255,10 +256,14 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
     def finish(self) -> None:
         """Keep a trained teacher, for this run and others."""
         if self.stage == "teacher" and self.runtime.rank == 0:
-            path = Path(self.config.run) / TEACHER
-            temporary = path.with_name(f".{TEACHER}.{os.getpid()}")
-            torch.save({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, temporary)
-            os.replace(temporary, path)
+            buffer = io.BytesIO()
+            torch.save({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, buffer)
+            try:
+                write_whole(Path(self.config.run) / TEACHER, buffer.getvalue())
+            except OSError as error:
+                raise TaskError(
+                    f"{self.config.run}/{TEACHER}: cannot be written ({error.strerror}); free space, run it again"
+                ) from error
         self.runtime.barrier()
 
     def dataset(self, split: str) -> MaskDataset:

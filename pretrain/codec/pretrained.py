@@ -9,7 +9,6 @@ CODEC/
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from cluster.files import write_whole
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.entropy import CoderTables
 from pretrain.errors import CodecError
@@ -39,26 +39,13 @@ def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Non
     A crash between the two leaves weights and fingerprint of different codecs, which loading notices.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, to_safetensors(tensors))
-        _replace(
+        write_whole(folder / WEIGHTS, to_safetensors(tensors))
+        write_whole(
             folder / CONFIG,
             json.dumps({"schema_version": SCHEMA_VERSION, **facts}, indent=2).encode() + b"\n",
         )
     except (OSError, SafetensorError) as error:
         raise CodecError(f"{folder}: cannot be written ({error}); free space or name another folder") from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def locate(source: Path | str) -> Path:
