@@ -21,11 +21,20 @@ TINT = 0.45  # share of the class colour in a pixel of a mask
 
 def draw_caption(picture: Tensor, text: str) -> Tensor:
     """The picture (3, H, W) uint8 with a line of text in its upper left corner."""
+    return _with_labels(picture, [(0, 0, text, (0, 0, 0))])
+
+
+def _with_labels(picture: Tensor, labels: list[tuple[float, float, str, tuple[int, int, int]]]) -> Tensor:
+    """The picture with texts on grounds of a colour each, given by the left upper corner, kept inside the picture."""
     image = Image.fromarray(picture.permute(1, 2, 0).numpy())
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=LETTERS)
-    left, top, right, bottom = draw.textbbox((3, 2), text, font=font)
-    draw.rectangle((left - 3, top - 2, right + 3, bottom + 2), fill="black")
-    draw.text((3, 2), text, fill="white", font=font)
+    for x, y, text, ground in labels:
+        width, height = round(font.getlength(text)) + 4, LETTERS + 3
+        left, top = max(0, min(round(x), image.width - width)), max(0, min(round(y), image.height - height))
+        draw.rectangle((left, top, left + width, top + height), fill=ground)
+        red, green, blue = ground
+        ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 140 else "white"
+        draw.text((left + 2, top), text, fill=ink, font=font)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -71,10 +80,12 @@ def draw_objects(picture: Tensor, objects: list[dict[str, Any]], score: float) -
     if all("mask" in item for item in shown):
         masks = torch.from_numpy(np.stack([decode_mask(item["mask"], width, height) for item in shown])).bool()
         picture = draw_segmentation_masks(picture, masks, alpha=TINT, colors=colours)
-    return draw_bounding_boxes(
+    boxes = torch.tensor([item["box"] for item in shown])
+    picture = draw_bounding_boxes(picture, boxes, None, colours, width=2 if min(height, width) > 160 else 1)
+    return _with_labels(
         picture,
-        torch.tensor([item["box"] for item in shown]),
-        [f"{item['class']} {item['score']:.2f}" for item in shown],
-        colours,
-        width=2 if min(height, width) > 160 else 1,
+        [
+            (item["box"][0], item["box"][1] - LETTERS - 3, f"{item['class']} {item['score']:.2f}", colour)
+            for item, colour in zip(shown, colours, strict=True)
+        ],
     )
