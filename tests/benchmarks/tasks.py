@@ -59,7 +59,7 @@ BY_HEART: dict[str, tuple[str, int, list[str]]] = {
     "instance_segmentation": ("instance_segmentation_small", 192, [*DETECTOR, "epochs=300"]),
     "semantic_segmentation": ("semantic_segmentation_small", 192,
                               ["gate=none", "short_side=192", "height=192", "width=192", "scale_min=1", "scale_max=1",
-                               "batch_size=8", "epochs=200", "teacher_epochs=100"]),
+                               "batch_size=8", "epochs=250", "teacher_epochs=1", "feature_weight=0"]),
 }  # fmt: skip
 STEPS, WARM = 20, 5
 
