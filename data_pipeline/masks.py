@@ -65,7 +65,8 @@ def read_mask(sample: dict[str, Any], num_classes: int) -> np.ndarray:
     """The mask (H, W) uint8 of a raw sample (UnusableError: it has none that says anything)."""
     if "mask.png" not in sample:
         raise UnusableError("image without a semantic mask")
-    mask = cv2.imdecode(np.frombuffer(sample["mask.png"], np.uint8), cv2.IMREAD_UNCHANGED)
+    data = np.frombuffer(sample["mask.png"], np.uint8)
+    mask = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
     if mask is None or mask.dtype != np.uint8 or mask.ndim != 2:
         raise UnusableError("mask that is no 8-bit grey PNG")
     if min(mask.shape) < MIN_SIDE:

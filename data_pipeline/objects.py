@@ -69,12 +69,20 @@ def read_objects(
         raise UnusableError(f"image smaller than {MIN_SIDE} pixels")
     if facts.get("boxes") is None:
         raise UnusableError("image without boxes")
+    for key in ("boxes", "labels", "masks", "areas", "iscrowd", "difficult"):
+        if not isinstance(facts.get(key) or [], list):
+            raise DataError(f"{key} are no list; build it again")
     count = len(facts["boxes"])
     if len(facts.get("labels") or []) != count:
         raise UnusableError("image with more or fewer labels than boxes")
     if masks and count and len(facts.get("masks") or []) != count:
         raise UnusableError("image without a mask for each box")
+    for key in ("areas", "iscrowd", "difficult"):
+        if facts.get(key) is not None and len(facts[key]) != count:
+            raise DataError(f"{len(facts[key])} {key} for {count} boxes; build it again")
     try:
+        if any(len(box) != 4 for box in facts["boxes"]):
+            raise ValueError("a box has four sides")
         return _objects(facts, width, height, num_classes, masks)
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"boxes or labels are not numbers as they should be ({error}); build it again") from error

@@ -125,6 +125,16 @@ def select_channels(run: Path, num: int, out: Path | None = None, chart: Path | 
     """
     from downstream.finetune import load_run, open_run
 
+    out = out or run / f"channels_{num}.json"
+    chart = chart or out.with_suffix(".png") if out.name else out
+    for path in (out, chart):
+        if not path.name or path.is_dir():
+            raise TaskError(f"{path}: is a folder; name a file")
+    if out == chart:
+        raise TaskError(f"{out}: both the list and its chart would be written there; name the list .json")
+    if chart.suffix not in (".png", ".svg", ".pdf"):
+        raise TaskError(f"{chart}: a chart ends in .png, .svg or .pdf")
+
     kind = getattr(load_run(run), "gate", None)
     if kind != "dynamic":
         raise TaskError(f"{run}: trained with gate={kind}; channels are chosen by a run with gate=dynamic")
@@ -133,11 +143,9 @@ def select_channels(run: Path, num: int, out: Path | None = None, chart: Path | 
     task: Any = tuner.task
     gate = next(module for module in task.model.modules() if isinstance(module, DynamicGate))
     if not 1 <= num <= gate.channels:  # before the work is done
-        raise TaskError(f"num={num} must lie in 1..{gate.channels}, the channels of the latent")
+        raise TaskError(f"--num={num} must lie in 1..{gate.channels}, the channels of the latent")
     found = count_choices(gate, task.source, (sample.image for sample in once(task.dataset(task.config.train_split))))
     channels = most_chosen(found, num)
-    out = out or run / f"channels_{num}.json"
-    chart = chart or out.with_suffix(".png")
     write_choice(out, channels, found, task.config.codec if task.config.latents == "codec" else task.config.latents)
     draw_choice(chart, channels, found)
     return out, chart

@@ -82,7 +82,7 @@ def report(
 
 @app.command("select-channels")
 def select_channels(
-    run: Annotated[Path, typer.Argument(help="Run folder of semantic segmentation with gate=dynamic.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of a fine-tune with gate=dynamic.")],
     num: Annotated[int, typer.Option(help="How many channels to keep.")] = 32,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="JSON file to write; default RUN/channels_NUM.json.")

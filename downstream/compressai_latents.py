@@ -14,6 +14,7 @@ ones), cannot be sent channel by channel: its streams have one layer, as `model.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,10 +60,10 @@ def load_model(name: str, quality: int = 4, weights: str = "zoo", metric: str = 
         else:
             model = _from_file(name, Path(weights))
     except ValueError as error:
-        raise TaskError(f"latents={name} quality={quality} metric={metric}: {error}") from error
+        raise TaskError(f"{name}, quality {quality}, metric {metric}: {error}") from error
     except OSError as error:  # what urllib raises, too
         raise TaskError(
-            f"weights={weights} of {name} could not be read ({error}); connect, or name a file that you fetched"
+            f"weights of {name}, {weights}, could not be read ({error}); connect, or name a file that you fetched"
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -81,8 +82,15 @@ def _from_file(name: str, path: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # torch's unpickler raises many classes on what is no checkpoint
-        what = (str(error).splitlines() or [""])[0]
-        raise TaskError(f"weights={path}: not those of {name} ({type(error).__name__}: {what})") from error
+        raise TaskError(f"{path}: not weights of {name} ({checkpoint_fault(error)}); name another file") from error
+
+
+def checkpoint_fault(error: Exception) -> str:
+    """Why a file is not the checkpoint that was wanted, in a few words; torch would give advice besides."""
+    if isinstance(error, pickle.UnpicklingError | EOFError | UnicodeDecodeError):
+        return "no checkpoint of plain tensors"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[min(1, len(lines) - 1)][:120]
 
 
 def create_latents(model: Any, device: torch.device) -> CompressAILatents:

@@ -5,11 +5,14 @@ Each task adds its own in a subclass, in its module.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from omegaconf import MISSING
 
+from cluster.runtime import under_torchrun
 from downstream.errors import TaskError
 
 INPUTS = ("streams", "pixels")
@@ -67,6 +70,12 @@ class FinetuneConfig:
                 raise TaskError(f"{key}={value} is unknown; use one of {', '.join(valid)}")
         if self.codec is None and self.needs_codec():
             raise TaskError(f"codec is missing; {self.task} reads a codec's features, name its folder: codec=DIR")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TaskError(f"{option.name}={value} is impossible; it must be a finite number")
+        if self.seed >= 2**63:
+            raise TaskError(f"seed={self.seed} is impossible; it must be below 2^63")
         self.at_least(1, "epochs", "batch_size", "workers", "log_every", "checkpoint_every", "keep_checkpoints")
         self.at_least(1, "cache_views")
         self.at_least(0, "num_workers", "seed", "weight_decay")
@@ -127,10 +136,11 @@ def need_splits(config: FinetuneConfig, num_samples: dict[str, int], remedy: str
 
 def need_batches(config: FinetuneConfig, num_samples: int, per_worker: int) -> None:
     """See that a batch fits between the workers and the training samples (TaskError)."""
-    if not config.workers * per_worker <= config.batch_size <= num_samples:
+    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else config.workers
+    if not workers * per_worker <= config.batch_size <= num_samples:
         raise TaskError(
-            f"batch_size={config.batch_size} must lie in {config.workers * per_worker}..{num_samples} for "
-            f"{config.workers} worker(s) and the {num_samples} training samples of {config.data}"
+            f"batch_size={config.batch_size} must lie in {workers * per_worker}..{num_samples} for "
+            f"{workers} worker(s) and the {num_samples} training samples of {config.data}"
         )
 
 

@@ -2,6 +2,7 @@
 
     RUN/
       config.yaml  metrics.jsonl  tensorboard/  checkpoints/
+      inputs.json       what codec, data and files were, by content
       teacher.pt        semantic_segmentation: the network on raw images that it trained first
       streams/          cache=bitstreams: the training set, encoded
       quarantine.jsonl  samples that could not be used, if there were any
@@ -33,8 +34,9 @@ from cluster.runtime import Runtime
 from data_pipeline.shards import Manifest
 from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
+from downstream.inputs import check_inputs, inputs_of, write_inputs
 from downstream.results import RESULTS, read_results, write_results
-from downstream.stream_cache import build_streams, check_folder
+from downstream.stream_cache import build_streams, prepare_folder
 from downstream.tasks import task_class
 from downstream.tasks.task import Found
 
@@ -72,33 +74,39 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     folder, task = Path(config.run), task_class(config.task)
     codec, manifest = task.load_codec(config), Manifest.load(config.data)
     task.fill_in(config, codec, manifest)
-    check_earlier_run(config, folder)
+    inputs = inputs_of(config, codec, manifest)
+    check_earlier_run(config, folder, inputs)
     if (folder / RESULTS).is_file():
         return read_results(folder)
     task.check_codec(config, codec)
     found = task.check_data(config, manifest)
-    check_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_folder(config, inputs)
     save_config(config, folder / "config.yaml")
+    write_inputs(folder, inputs)
     with ProgressFollower(folder, sum(config.stages(found.num_samples).values())):
         launcher.run(finetune, Job(config, found), workers=config.workers, launcher=config.launcher, run_dir=config.run)
     if not (folder / RESULTS).is_file():
-        raise TaskError(f"run={folder} was stopped; it has a checkpoint, the same command continues")
+        raise TaskError(f"run={folder} was stopped; the same command continues")
     return read_results(folder)
 
 
-def check_earlier_run(config: FinetuneConfig, folder: Path) -> None:
-    """Refuse to continue a run under other options (TaskError with the difference)."""
+def check_earlier_run(config: FinetuneConfig, folder: Path, inputs: dict[str, str]) -> None:
+    """Refuse to continue a run under other options or with other inputs (TaskError with the difference).
+
+    A run that never came to a checkpoint may be begun anew with other ones: they may be what stopped it.
+    """
     path = folder / "config.yaml"
     if folder.is_file():
         raise TaskError(f"run={folder} is a file; name a folder")
-    if not path.is_file():
+    begun = (folder / RESULTS).is_file() or CheckpointStore(folder / "checkpoints").newest() is not None
+    if not path.is_file() or not begun:
         return
     earlier = load_run(folder)
     differences = [item for item in config_diff(earlier, config) if item.key not in FREE_KEYS]
     if differences:
         shown = "; ".join(f"{item.key}: {item.before} there, {item.after} here" for item in differences[:3])
         raise TaskError(f"run={folder} holds a run with other options ({shown}); use another run folder")
+    check_inputs(folder, inputs)
 
 
 def load_run(folder: Path) -> FinetuneConfig:
@@ -165,8 +173,8 @@ class Finetuner:
     def train(self) -> None:
         """Train every stage that is left, evaluate on real streams, write the results."""
         try:
-            if self.config.cache == "bitstreams" and self.step < self.num_steps:
-                self._encode_once()
+            if self.config.cache == "bitstreams" and self.step < self.num_steps and not self._encode_once():
+                return
             for stage in self.stages:
                 # The last one is entered even when it is done: its network is evaluated.
                 if self.step >= stage.end and stage is not self.stages[-1]:
@@ -188,8 +196,8 @@ class Finetuner:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
 
-    def _encode_once(self) -> None:
-        """Fill the cache of streams; a line of metrics every few seconds."""
+    def _encode_once(self) -> bool:
+        """Fill the cache of streams; a line of metrics every few seconds. False where the run was told to stop."""
         start, last = time.perf_counter(), 0.0
 
         def log(done: int, total: int) -> None:
@@ -198,8 +206,10 @@ class Finetuner:
                 last = seconds
                 self.logger.log(self.step, {"stage": "streams", "parts": done, "of_parts": total})
 
-        build_streams(self.task, log)
+        if not build_streams(self.task, log):
+            return False
         self.logger.log(self.step, {"stage": "streams", "encoding_seconds": round(time.perf_counter() - start, 2)})
+        return True
 
     def _train_network(self, stage: Stage) -> bool:
         """Train what a stage trains; False where the run was told to stop."""
@@ -308,7 +318,9 @@ def open_run(folder: Path) -> Finetuner:
         TaskError: not a run folder, or a run that is not complete.
     """
     config = load_run(folder)
-    found = task_class(config.task).check_data(config, Manifest.load(config.data))
+    task, manifest = task_class(config.task), Manifest.load(config.data)
+    check_inputs(folder, inputs_of(config, task.load_codec(config), manifest))
+    found = task.check_data(config, manifest)
     done = CheckpointStore(folder / "checkpoints").newest() or 0
     total = sum(config.stages(found.num_samples).values())
     if done < total or not (folder / RESULTS).is_file():

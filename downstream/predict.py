@@ -24,6 +24,8 @@ from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
 from downstream.errors import TaskError
 from downstream.finetune import load_run
+from downstream.inputs import check_inputs
+from downstream.results import RESULTS
 from downstream.tasks import task_class
 from downstream.tasks.task import Task
 from pretrain.coding import IMAGE_SUFFIXES, STREAM_SUFFIX, targets_of, write_file
@@ -66,12 +68,15 @@ def predict_files(
     if not 0 <= score <= 1:
         raise TaskError(f"--score={score:g} is impossible; it must lie in 0..1")
     files = targets_of(sources, {*IMAGE_SUFFIXES, STREAM_SUFFIX}, out, ".json")
+    own = {path for target in files.values() for path in (target, target.with_suffix(".png"))}
+    if twice := [source for source in files if source.resolve() in {path.resolve() for path in own}]:
+        raise TaskError(f"{twice[0]} would be overwritten by what is found in it; name another folder with -o")
     model = load_task(task, run, codec)
     result = Predicted()
     for source, target in files.items():
         try:
             prediction, picture = _predict(model, source)
-        except (CodecError, DataError) as error:
+        except (CodecError, DataError, TaskError) as error:
             if len(files) == 1:
                 raise
             result.rejected.append(str(error))
@@ -82,6 +87,8 @@ def predict_files(
         result.num_files += 1
         result.num_bytes += prediction["bytes"]
         result.num_pixels += prediction["height"] * prediction["width"]
+    if result.rejected and not result.num_files:
+        raise TaskError(f"none of {len(files)} files can be used; the first: {result.rejected[0]}")
     return result
 
 
@@ -93,12 +100,14 @@ def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
         raise TaskError(f"{run} is a run of {config.task}, not of {name}; write `dicm predict {config.task} {run} ...`")
     store = CheckpointStore(run / "checkpoints")
     step = store.newest()
-    if step is None:
-        raise TaskError(f"{run}: has no checkpoint; finish it with `dicm finetune {config.task} ... run={run}`")
+    if step is None or not (run / RESULTS).is_file():
+        raise TaskError(f"{run}: the run is not complete; finish it with `dicm finetune {config.task} ... run={run}`")
     runtime = LocalRuntime()
     runtime.close()  # nothing is waited for here: SIGTERM is to end the command
     kind = task_class(name)
-    task = kind(config, kind.load_codec(config, codec), runtime)
+    loaded = kind.load_codec(config, codec)
+    check_inputs(run, {} if loaded is None else {"codec": loaded.fingerprint.hex()})
+    task = kind(config, loaded, runtime)
     task.enter(list(config.stages(0))[-1])
     task.model.load_state_dict(store.load(step)["model"])
     task.model.eval()
@@ -111,7 +120,7 @@ def _predict(task: Task[Any, Any], source: Path) -> tuple[dict[str, Any], Tensor
         data = source.read_bytes()
         if source.suffix.lower() == STREAM_SUFFIX:
             if task.config.input == "pixels":
-                raise TaskError(f"{source}: this run reads pixels (input=pixels), not streams; give it images")
+                raise TaskError("this run reads pixels (input=pixels), not streams; give it images")
             received, height, width = task.receive_stream(data)
             picture = task.picture(received, height, width)
             num_bytes = len(data)
@@ -121,7 +130,7 @@ def _predict(task: Task[Any, Any], source: Path) -> tuple[dict[str, Any], Tensor
             received, num_bytes = task.receive_image(picture)
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
-    except (CodecError, DataError) as error:
+    except (CodecError, DataError, TaskError) as error:
         raise type(error)(f"{source}: {error}") from error
     facts = {
         "source": str(source), "task": task.config.task, "height": height, "width": width, "bytes": num_bytes,

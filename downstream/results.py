@@ -30,7 +30,12 @@ def read_results(folder: Path) -> dict[str, Any]:
     """The results of a run (TaskError where it has none)."""
     if not (folder / RESULTS).is_file():
         raise TaskError(f"{folder}: no {RESULTS}; finish it with `dicm finetune`")
-    return json.loads((folder / RESULTS).read_text())
+    try:
+        return dict(json.loads((folder / RESULTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise TaskError(
+            f"{folder / RESULTS}: cannot be read ({error}); remove it, `dicm finetune` writes it again"
+        ) from error
 
 
 def metric_titles(results: dict[str, Any]) -> dict[str, str]:

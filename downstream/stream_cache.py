@@ -13,6 +13,7 @@ them in turn, each image beginning at another one. Ranks share the parts among t
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from cluster.files import write_whole
-from data_pipeline.errors import SampleError
+from data_pipeline.errors import DataError, SampleError
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.samples import MOST_IN_A_ROW, SampleDataset
 from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split
@@ -30,12 +31,13 @@ from downstream.errors import TaskError
 from downstream.tasks.task import Task
 
 FACTS, PARTS, STREAM = "streams.json", "parts", "dicm"
-PART = 256  # samples that are encoded at one go
+PART, MOST_PARTS = 128, 1000  # samples that are encoded at one go, and into how many parts a view falls at most
+LEFTOVER_SECONDS = 3600
 # Options on which no stream depends.
 FREE = {
     "run", "data", "codec", "epochs", "teacher_epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup",
     "workers", "launcher", "precision", "num_workers", "cache_folder", "shard_cache", "shard_cache_limit", "log_every",
-    "checkpoint_every", "keep_checkpoints", "teacher", "gate", "num_channels", "channels", "chosen", "transform",
+    "checkpoint_every", "keep_checkpoints", "teacher", "num_channels", "channels", "chosen", "transform",
     "backbone", "start", "val_split", "drop_at", "classes", "fpn_channels", "hidden", "anchors", "proposals", "rois",
     "voc07", "label_smoothing",
 }  # fmt: skip
@@ -46,17 +48,30 @@ def stream_folder(config: FinetuneConfig) -> Path:
     return Path(config.cache_folder or Path(config.run) / "streams")
 
 
-def check_folder(config: FinetuneConfig) -> None:
-    """See that `cache_folder` can serve the run (TaskError: it holds streams that were made otherwise)."""
+def prepare_folder(config: FinetuneConfig, inputs: dict[str, str]) -> None:
+    """Make the folder of a run's streams, or see that what it holds can serve.
+
+    Args:
+        inputs: of the run (`inputs_of`).
+
+    Raises:
+        TaskError: it holds streams that were made otherwise, or something else; it cannot be written.
+    """
     if config.cache != "bitstreams":
         return
-    folder, wanted = stream_folder(config), _facts(config)
+    folder, wanted = stream_folder(config), _facts(config, inputs)
     try:
-        found = dict(json.loads((folder / FACTS).read_text()))
-    except FileNotFoundError:
-        return
+        if (folder / FACTS).is_file():
+            found = dict(json.loads((folder / FACTS).read_text()))
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise TaskError(f"{folder} holds something other than streams; name another cache_folder")
+        else:
+            write_whole(folder / FACTS, json.dumps(wanted, indent=2))
+            return
     except (OSError, ValueError, TypeError) as error:
-        raise TaskError(f"{folder / FACTS}: cannot be read ({error}); name another cache_folder") from error
+        if isinstance(error, TaskError):
+            raise
+        raise TaskError(f"{folder / FACTS}: cannot be read or written ({error}); name another cache_folder") from error
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         key = different[0]
@@ -66,8 +81,8 @@ def check_folder(config: FinetuneConfig) -> None:
         )
 
 
-def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = lambda *_: None) -> None:
-    """Encode what is missing, on all ranks together.
+def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = lambda *_: None) -> bool:
+    """Encode what is missing, on all ranks together; False where the run was told to stop before all was done.
 
     Args:
         on_part: gets the number of parts done by this rank and of all its parts.
@@ -77,22 +92,24 @@ def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = la
     """
     config, runtime = task.config, task.runtime
     folder, count = stream_folder(config), task.found.num_samples
+    size = max(PART, -(-count // MOST_PARTS))
+    starts = range(0, count, size)
+    parts = [(view, number) for view in range(task.num_views) for number in range(len(starts))]
+    quarantine = Quarantine(config.run, config.train_split, runtime.rank)
     try:
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
         if runtime.rank == 0:
-            (folder / PARTS).mkdir(parents=True, exist_ok=True)
-            write_whole(folder / FACTS, json.dumps(_facts(config)))
-        runtime.barrier()
-        starts = range(0, count, PART)
-        parts = [(view, number) for view in range(task.num_views) for number in range(len(starts))]
-        quarantine = Quarantine(config.run, config.train_split, runtime.rank)
-        ours = parts[runtime.rank :: runtime.world]
-        for done, (view, number) in enumerate(ours):
-            record = folder / PARTS / f"view{view}-{number:06d}.json"
-            if not record.is_file():
-                numbers = range(starts[number], min(count, starts[number] + PART))
-                shards = _encode_part(task, folder, f"view{view}-part{number:06d}", numbers, view, quarantine)
-                write_whole(record, json.dumps([asdict(shard) for shard in shards]))
-            on_part(done + 1, len(ours))
+            _remove_leftovers(folder)
+        for turn in range(0, len(parts), runtime.world):
+            if turn + runtime.rank < len(parts):
+                view, number = parts[turn + runtime.rank]
+                if _finished(folder, view, number) is None:
+                    numbers = range(starts[number], min(count, starts[number] + size))
+                    shards = _encode_part(task, folder, f"view{view}-part{number:06d}", numbers, view, quarantine)
+                    write_whole(_record(folder, view, number), json.dumps([asdict(shard) for shard in shards]))
+            on_part(turn // runtime.world + 1, -(-len(parts) // runtime.world))
+            if runtime.should_stop:
+                return False
         runtime.barrier()
         if runtime.rank == 0:
             splits = {f"view{view}": Split(_shards(folder, view, len(starts))) for view in range(task.num_views)}
@@ -102,12 +119,34 @@ def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = la
         raise TaskError(
             f"{folder}: streams cannot be written ({error.strerror or error}); free space or name another cache_folder"
         ) from error
+    return True
+
+
+def _record(folder: Path, view: int, number: int) -> Path:
+    return folder / PARTS / f"view{view}-{number:06d}.json"
+
+
+def _finished(folder: Path, view: int, number: int) -> list[Shard] | None:
+    """The shards of a part that is there whole; None where it has to be encoded."""
+    try:
+        fields = json.loads(_record(folder, view, number).read_text())
+        shards = [Shard(**{**one, "offsets": tuple(one["offsets"])}) for one in fields]
+        return shards if all((folder / shard.name).stat().st_size == shard.bytes for shard in shards) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left half written; another run may be filling the folder now."""
+    for path in folder.glob(".view*"):
+        if path.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+            path.unlink(missing_ok=True)
 
 
 def _encode_part(
     task: Task[Any, Any], folder: Path, name: str, numbers: range, view: int, quarantine: Quarantine
 ) -> list[Shard]:
-    with ShardWriter(folder, name, max_samples=PART) as writer:
+    with ShardWriter(folder, name, max_samples=len(numbers)) as writer:
         for number in numbers:
             quarantine.read(1)
             for tried in range(MOST_IN_A_ROW):
@@ -123,23 +162,27 @@ def _encode_part(
 
 
 def _shards(folder: Path, view: int, num_parts: int) -> tuple[Shard, ...]:
-    found = []
+    found: list[Shard] = []
     for number in range(num_parts):
-        for fields in json.loads((folder / PARTS / f"view{view}-{number:06d}.json").read_text()):
-            found.append(Shard(**{**fields, "offsets": tuple(fields["offsets"])}))
+        part = _finished(folder, view, number)
+        if part is None:
+            raise TaskError(f"{_record(folder, view, number)}: was taken away meanwhile; run the same command again")
+        found += part
     return tuple(found)
 
 
-def _facts(config: FinetuneConfig) -> dict[str, Any]:
+def _facts(config: FinetuneConfig, inputs: dict[str, str]) -> dict[str, Any]:
     """What streams depend on, as JSON values."""
-    from pretrain.codec.pretrained import CONFIG
-
     options = {key: value for key, value in asdict(config).items() if key not in FREE}
-    codec = None
-    if config.codec is not None:
-        path = Path(config.codec) / CONFIG
-        codec = json.loads(path.read_text())["fingerprint"] if path.is_file() else config.codec
-    return json.loads(json.dumps({"data": Manifest.load(config.data).hash, "codec": codec, **options}))
+    gated = options.pop("gate", None) is not None and config.input == "streams"
+    # The loss of gated latents may compare with features of pixels, which are then kept beside the streams.
+    options["pixels"] = gated and options.pop("feature_weight", 0.0) > 0
+    options.pop("feature_weight", None)
+    latents = options.get("latents", "codec") if gated else "codec"
+    options = {key: value for key, value in options.items() if latents != "codec" or not key.startswith("latents")}
+    options["latents"] = latents
+    made_of = {key: value for key, value in inputs.items() if key != "teacher"}
+    return json.loads(json.dumps({**options, **{f"{key} (content)": value for key, value in made_of.items()}}))
 
 
 class StreamDataset(SampleDataset[dict[str, Any]]):
@@ -161,7 +204,12 @@ class StreamDataset(SampleDataset[dict[str, Any]]):
     def raw(self, number: int, position: int | None) -> dict[str, Any]:
         """Files of a sample, of the view whose turn it is."""
         turn = 0 if position is None else position // len(self)
-        return self.readers[(turn + number) % len(self.readers)].read(number)
+        try:
+            return self.readers[(turn + number) % len(self.readers)].read(number)
+        except DataError as error:
+            raise DataError(
+                f"{error}; these are streams of a cache: remove {self.root}, they are made again"
+            ) from error
 
     def load(self, sample: dict[str, Any], index: int, position: int | None) -> dict[str, Any]:
         """The sample as it is."""

@@ -98,9 +98,9 @@ def check_anchor(text: str) -> tuple[str, int]:
             f"anchor={text} is unknown; use one of {', '.join(FORMATS)} or of CompressAI's zoo "
             f"({', '.join(image_models)}) and a quality, for example jpeg:30"
         )
-    most = 100 if name in FORMATS else 8
+    most = 100 if name in FORMATS else 6 if name.startswith("cheng2020") else 8
     least = 0 if name in FORMATS else 1
-    if not quality.isdigit() or not least <= int(quality) <= most:
+    if not (quality.isascii() and quality.isdecimal()) or not least <= int(quality) <= most:
         raise TaskError(f"anchor={text} needs a quality from {least} to {most}, for example {name}:{most // 3 + 1}")
     if name in ("webp", "avif") and not features.check(name):
         raise TaskError(f"anchor={text}: this Pillow was built without {name}; install a Pillow wheel that has it")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -15,12 +16,15 @@ from data_pipeline.sources.annotations import decode_mask
 
 LETTERS = 13  # pixels
 GAP = 6
+CAPTION_WIDTH = 160  # pixels that a picture with a caption has at least
 REGION_TINT = 0.6
 TINT = 0.45  # share of the class colour in a pixel of a mask
 
 
 def draw_caption(picture: Tensor, text: str) -> Tensor:
-    """The picture (3, H, W) uint8 with a line of text in its upper left corner."""
+    """The picture (3, H, W) uint8, a small one enlarged, with a line of text in its upper left corner."""
+    times = -(-CAPTION_WIDTH // picture.shape[-1])
+    picture = picture.repeat_interleave(times, -1).repeat_interleave(times, -2)
     return _with_labels(picture, [(0, 0, text, (0, 0, 0))])
 
 
@@ -39,7 +43,7 @@ def _with_labels(picture: Tensor, labels: list[tuple[float, float, str, tuple[in
 
 
 def draw_regions(picture: Tensor, regions: list[dict[str, Any]]) -> Tensor:
-    """The picture (3, H, W) uint8 in the colours of its classes, over a legend of those that occur: (3, H + h, W).
+    """The picture (3, H, W) uint8 in the colours of its classes, over a legend of those that occur.
 
     Args:
         regions: `class`, `label`, `share` of the pixels and `mask` (COCO RLE).
@@ -49,6 +53,9 @@ def draw_regions(picture: Tensor, regions: list[dict[str, Any]]) -> Tensor:
     colours = [class_colour(item["label"]) for item in regions]
     tinted = draw_segmentation_masks(picture, masks, alpha=REGION_TINT, colors=colours)
     font, entries = ImageFont.load_default(size=LETTERS), []
+    texts = [f"{item['class']} {100 * item['share']:.0f} %" for item in regions]
+    width = max(width, *(LETTERS + 3 * GAP + round(font.getlength(text)) for text in texts))
+    tinted = F.pad(tinted, (0, width - tinted.shape[-1]), value=255)
     left = top = GAP
     for item, colour in sorted(zip(regions, colours, strict=True), key=lambda entry: -entry[0]["share"]):
         text = f"{item['class']} {100 * item['share']:.0f} %"

@@ -73,9 +73,10 @@ def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def series_of(row: dict[str, Any]) -> str:
-    """The codec of a result: codec, jpeg, ..., or clean pixels."""
+    """The codec of a result: codec, or a model's latents, with its gate; jpeg, ...; or clean pixels."""
     if row["input"] == "streams":
-        return "codec"
+        gate = f", {row['gate']} gate" if row.get("gate") else ""
+        return (row.get("latents", "codec") if gate else "codec") + gate
     return row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels"
 
 

@@ -18,7 +18,7 @@ from cluster.metrics import METRICS, read_rows
 from data_pipeline.loader import eval_loader
 from data_pipeline.views import center_images, normalize
 from downstream.errors import TaskError
-from downstream.evaluation.pictures import grouped, pca_picture, png, rate_accuracy_svg, series_of, training_svg
+from downstream.evaluation.pictures import grouped, pca_picture, png, rate_accuracy_svg, training_svg
 from downstream.results import metric_titles, read_results, table
 from pretrain.codec.feature_codec import FeatureCodec
 
@@ -103,8 +103,8 @@ class Report:
             "<h2>Accuracy over rate</h2>"
             + _figure(
                 rate_accuracy_svg(self.results),
-                f"{headline} of the same network (the backbone's tail and a head) on features from the codec's "
-                "streams, and on pixels decoded from other codecs. Further left and higher is better.",
+                f"{headline} on what is decoded from the codec's streams, and on pixels decoded from other codecs. "
+                "Further left and higher is better.",
             )
             + f"<div class='scroll'><table>{_cells('th', ['input', *titles])}"
             f"{''.join(rows)}</table></div><p class='soft'>Whole files "
@@ -216,7 +216,7 @@ def report_of_runs(runs: list[Path], out: Path, pretraining: Path | None) -> Non
 
 def _label(row: dict[str, Any]) -> str:
     name = row["anchor"] or "clean pixels"
-    if series_of(row) == "codec":
+    if row["input"] == "streams":
         latents = row.get("latents", "codec")
         name = "streams of " + (Path(row["codec"]).name if latents == "codec" else latents)
         if row.get("gate"):

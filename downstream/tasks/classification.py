@@ -31,6 +31,7 @@ EVALUATION_BATCH = 64
 STATISTICS_SAMPLES = 2048  # training images that give the final statistics of batch norms
 PROBE_STEPS, PROBE_LR = 300, 0.01
 NUM_RANKED = 5
+MOST_PIXELS = 4096  # a side
 REMEDY = "build it with `dicm data build imagefolder SRC OUT --val-fraction 0.1`"
 
 
@@ -54,8 +55,8 @@ class ClassificationConfig(FinetuneConfig):
         self.within(0.0, 0.99, "label_smoothing")
         self.within(0.01, 1.0, "scale_min")
         for key in ("image_size", "canvas_size"):
-            if (value := getattr(self, key)) is not None and value < 32:
-                raise TaskError(f"{key}={value} is impossible; it must be at least 32, the backbone's stride")
+            if (value := getattr(self, key)) is not None and not 32 <= value <= MOST_PIXELS:
+                raise TaskError(f"{key}={value} is impossible; it must lie in 32..{MOST_PIXELS}")
 
     def stages(self, num_samples: int) -> dict[str, int]:
         """A probe has a fixed number of steps."""
@@ -220,10 +221,12 @@ class Classification(Task[ClassificationConfig, Any]):
         return resample(canvas, crops, self._image_size, flip).mul_(255).round_().to(torch.uint8)
 
     def _labels(self, batch: CanvasBatch) -> Tensor:
-        """Labels (N,) on the device; TaskError where an image has none, which would be learned as a class."""
-        if bool((batch.label < 0).any()):
-            index = int(batch.index[batch.label < 0][0])
-            raise TaskError(f"{self.config.data}: image {index} has no label; build the data set again without it")
+        """Labels (N,) on the device; TaskError where an image has none, or one that the data set does not name."""
+        bad = (batch.label < 0) | (batch.label >= len(self.config.classes))
+        if bool(bad.any()):
+            index, label = int(batch.index[bad][0]), int(batch.label[bad][0])
+            has = "has no label" if label < 0 else f"has label {label}, there are {len(self.config.classes)} classes"
+            raise TaskError(f"{self.config.data}: image {index} {has}; build the data set again without it")
         return batch.label.to(self.device)
 
     @torch.no_grad()
@@ -251,7 +254,7 @@ class Classification(Task[ClassificationConfig, Any]):
         if self.config.probe:
             return
         samples = min(STATISTICS_SAMPLES, self.found.num_samples)
-        batches = itertools.islice(self._training_loader(), samples // self.config.batch_size)
+        batches = itertools.islice(self._training_loader(), max(1, samples // self.config.batch_size))
         with self.autocast():
             features = (self.source.features(self._centers(batch)) for batch in batches)
             settle_statistics(self.model, features, self.runtime)

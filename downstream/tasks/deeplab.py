@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
+from downstream.compressai_latents import checkpoint_fault
 from downstream.errors import TaskError
 from pretrain.codec.backbone import Backbone
 from pretrain.codec.config import validate_backbone
@@ -101,9 +102,8 @@ def load_deeplab(path: Path, backbone: str, num_classes: int) -> DeepLab:
     except OSError as error:
         raise TaskError(f"teacher={path}: cannot be read ({error.strerror}); leave it out to train one") from error
     except Exception as error:  # torch's unpickler raises many classes on what is no checkpoint
-        what = (str(error).splitlines() or [""])[-1].strip()
         raise TaskError(
-            f"teacher={path}: not a DeepLabv3 of {backbone} with {num_classes} classes ({what[:120]})"
+            f"teacher={path}: not a DeepLabv3 of {backbone} with {num_classes} classes ({checkpoint_fault(error)})"
         ) from error
     return model
 

@@ -123,6 +123,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
     @classmethod
     def check_codec(cls, config: DetectionConfig, codec: FeatureCodec | None) -> None:
         """Channels that the latent has."""
+        super().check_codec(config, codec)
         if config.gate is not None:
             latents = create_latent_codec(config, codec, config.rate, torch.device("cpu"))
             gate_of(config, latents.channels)

@@ -54,14 +54,19 @@ class LatentOptions:
             raise TaskError(f"{given}: gate=static needs the file of `dicm select-channels`, other gates take none")
         if self.num_channels < 1:
             raise TaskError(f"num_channels={self.num_channels} is impossible; it must be at least 1")
+        if self.latents != "codec" and getattr(self, "rate", None) is not None:
+            raise TaskError(f"rate with latents={self.latents} is impossible; its rate is latents_quality")
         if self.feature_weight < 0:
             raise TaskError(f"feature_weight={self.feature_weight:g} is impossible; it must not be negative")
 
     def read_chosen(self) -> None:
         """Take the channels of gate=static from their file, once (ConfigError: it names none)."""
-        if self.channels is not None and not self.chosen:
-            self.chosen = read_channels(Path(self.channels))
-            self.num_channels = len(self.chosen)
+        if self.channels is None:
+            return
+        found = read_channels(Path(self.channels))
+        if self.chosen and self.chosen != found:
+            raise TaskError(f"channels={self.channels} names other channels than chosen={self.chosen[:8]}; give one")
+        self.chosen, self.num_channels = found, len(found)
 
 
 def create_latent_codec(

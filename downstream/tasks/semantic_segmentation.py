@@ -190,6 +190,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
     @classmethod
     def check_codec(cls, config: SegmentationConfig, codec: FeatureCodec | None) -> None:
         """Channels that the latent has, a backbone that fits the codec's, a teacher that can be read."""
+        super().check_codec(config, codec)
         assert config.backbone is not None
         if config.start == "codec" and codec is not None and config.backbone != codec.config.backbone:
             raise TaskError(

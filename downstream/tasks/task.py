@@ -33,6 +33,7 @@ from data_pipeline.samples import Survey
 from data_pipeline.shards import Manifest
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
+from downstream.evaluation.anchors import create_anchor
 from downstream.frozen import source_of
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 from pretrain.codec.feature_codec import FeatureCodec
@@ -99,12 +100,23 @@ class Task(ABC, Generic[C, B]):
 
     @classmethod
     def fill_in(cls, config: C, codec: FeatureCodec | None, manifest: Manifest) -> None:
-        """Give options that were left open the values that codec and data set suggest; they are saved with the run."""
-        config.classes = cls.class_names(manifest)
+        """Give options that were left open the values that codec and data set suggest; they are saved with the run.
+
+        Raises:
+            TaskError: an option that was given contradicts them.
+        """
+        names = cls.class_names(manifest)
+        if config.classes and config.classes != names:
+            raise TaskError(f"classes={config.classes[:5]} are not those of {config.data}; leave them out")
+        config.classes = names
 
     @classmethod
     def check_codec(cls, config: C, codec: FeatureCodec | None) -> None:
         """See that the options fit the codec, before any work starts (TaskError)."""
+        if config.rate is not None and codec is not None and not codec.config.rate_points > 1:
+            raise TaskError(f"rate={config.rate:g}: this codec has one rate; leave it out")
+        if config.anchor is not None:
+            create_anchor(config.anchor, config.anchor_weights)
 
     @classmethod
     def class_names(cls, manifest: Manifest) -> list[str]:

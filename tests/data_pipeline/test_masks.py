@@ -108,6 +108,7 @@ def test_survey__what_says_nothing_is_left_out_with_a_count(tmp_path: Path):
         (pixels, None),
         (pixels, png(mask[:20])),
         (pixels, b"junk"),
+        (pixels, b""),
         (pixels, png(np.stack([mask] * 3, axis=2))),
         (pixels, png(np.full_like(mask, IGNORE))),
         (pixels, png(np.where(mask == 1, 7, mask).astype(np.uint8))),
@@ -115,11 +116,11 @@ def test_survey__what_says_nothing_is_left_out_with_a_count(tmp_path: Path):
         (pixels, png(mask)),
     ]
     found = survey_masks(write(tmp_path / "spoiled", samples), "train", 2)
-    assert found.usable.tolist() == [0, 8] and found.found == 2
+    assert found.usable.tolist() == [0, 9] and found.found == 2
     assert found.left_out == {
         "image without a semantic mask": 1,
         "mask of another size than its image": 1,
-        "mask that is no 8-bit grey PNG": 2,
+        "mask that is no 8-bit grey PNG": 3,
         "mask that is 255, ignored, everywhere": 1,
         "mask with a class that the data set does not name": 1,
         "image smaller than 16 pixels": 1,

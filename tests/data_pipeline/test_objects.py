@@ -85,10 +85,24 @@ def test_read_objects__an_image_too_small_for_a_stream():
 
 
 @pytest.mark.parametrize("facts", [{"boxes": [["a", 0, 1, 1]], "labels": [0]}, {"boxes": [[0, 0, 1]], "labels": [0]},
-                                   {"boxes": [[0, 0, 1, 1]], "labels": [None]}])  # fmt: skip
+                                   {"boxes": [[0, 0, 1, 1]], "labels": [None]}, {"boxes": [[0] * 8], "labels": [0]},
+                                   {"boxes": [7], "labels": [0]}])  # fmt: skip
 def test_read_objects__what_is_no_number_is_said_in_one_line(facts: dict):
     with pytest.raises(DataError, match=r"not numbers.*build it again"):
         read(**facts)
+
+
+@pytest.mark.parametrize("key", ["boxes", "labels", "masks", "areas", "iscrowd", "difficult"])
+@pytest.mark.parametrize("value", [5, {"a": 1}, "xy"])
+def test_read_objects__what_is_no_list_is_named(key: str, value: object):
+    with pytest.raises(DataError, match=rf"{key} are no list"):
+        read(True, **{"boxes": [[0, 0, 9, 9]], "labels": [0], "masks": [WHOLE], key: value})
+
+
+@pytest.mark.parametrize("key", ["areas", "iscrowd", "difficult"])
+def test_read_objects__lists_of_other_lengths_are_named(key: str):
+    with pytest.raises(DataError, match=rf"0 {key} for 1 boxes"):
+        read(**{"boxes": [[0, 0, 9, 9]], "labels": [0], key: []})
 
 
 @given(st.lists(st.tuples(*[st.floats(-1e4, 1e4)] * 4, st.integers(-2, 5)), max_size=8))

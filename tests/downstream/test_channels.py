@@ -102,4 +102,7 @@ def test_select_channels__writes_counts_and_a_chart_that_gate_static_reads(train
 def test_select_channels__refusals(trained: Path, finetuned: Path, tmp_path: Path):
     assert_refused(dicm("select-channels", tmp_path), str(tmp_path), "config.yaml")
     assert_refused(dicm("select-channels", trained / "run", "--num", "33"), "num=33", "1..32")
+    for out, word in ((tmp_path / "c.png", "named .json"), (tmp_path, "is a folder")):
+        assert_refused(dicm("select-channels", trained / "run", "-o", out), word.replace("named", "name the list"))
+    assert_refused(dicm("select-channels", trained / "run", "--chart", tmp_path / "c.foo"), "c.foo", ".png")
     assert_refused(dicm("select-channels", finetuned), "gate=None", "gate=dynamic")

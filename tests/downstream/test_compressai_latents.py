@@ -194,10 +194,10 @@ def test_load_model__refusals(tmp_path: Path):
     torch.save({"state_dict": {"g_a.0.weight": torch.zeros(1)}}, tmp_path / "other.pth")
     for options, words in [
         ({"name": "jpeg"}, "bmshj2018-hyperprior"),
-        ({"name": "bmshj2018-hyperprior", "quality": 12}, "quality=12"),
+        ({"name": "bmshj2018-hyperprior", "quality": 12}, "quality 12"),
         ({"name": "bmshj2018-hyperprior", "weights": str(tmp_path / "none.pth")}, "none.pth"),
         ({"name": "bmshj2018-hyperprior", "weights": str(tmp_path / "junk.pth")}, "junk.pth"),
-        ({"name": "bmshj2018-hyperprior", "weights": str(tmp_path / "other.pth")}, "not those of"),
+        ({"name": "bmshj2018-hyperprior", "weights": str(tmp_path / "other.pth")}, "not weights of"),
     ]:
         with pytest.raises(TaskError, match=words) as error:
             load_model(**options)

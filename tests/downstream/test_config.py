@@ -18,6 +18,10 @@ NEEDED = ["codec=c", "data=d"]
         ("label_smoothing=1.5", ("label_smoothing=1.5", "0..0.99")),
         ("scale_min=0", ("scale_min=0", "0.01..1")),
         ("image_size=8", ("image_size=8", "32")),
+        ("image_size=20000", ("image_size=20000", "4096")),
+        ("lr=nan", ("lr=nan", "finite")),
+        ("weight_decay=.inf", ("weight_decay=inf", "finite")),
+        ("seed=99999999999999999999999", ("seed=", "2^63")),
         ("anchor=jpeg:30", ("anchor=jpeg:30", "input=pixels")),
     ],
 )

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from http_store import serving
 
 from cluster.metrics import read_rows
 from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
 from downstream.errors import TaskError
 from downstream.finetune import evaluate_run, resolve, run
+from pretrain.codec.feature_codec import FeatureCodec
 
 Options = list[str]
 
@@ -92,3 +94,48 @@ def test_run__data_at_a_url_gives_the_results_of_the_folder(
         assert results["data"] == store.url
         assert evaluate_run(tmp_path / "run")["top1"] == local["top1"]
         assert {count for name, count in store.requests.items() if name.endswith(".tar")} == {1}
+
+
+def test_run__another_codec_or_data_set_in_the_place_of_the_runs_is_refused(
+    codec_folder: Path, colours: Path, tmp_path: Path, options
+):
+    """Paths are the same; what lies there is not."""
+    codec, data = shutil.copytree(codec_folder, tmp_path / "codec"), shutil.copytree(colours, tmp_path / "data")
+    overrides = options(codec, data, tmp_path / "run")
+    run(resolve("classification", overrides))
+    results = (tmp_path / "run" / "results.json").read_bytes()
+    torch.manual_seed(1)
+    changed = FeatureCodec(FeatureCodec.from_pretrained(codec).config).eval()
+    changed.save_pretrained(codec, extra={"image_size": 64, "canvas_size": 64})
+    for again in (lambda: run(resolve("classification", overrides)), lambda: evaluate_run(tmp_path / "run")):
+        with pytest.raises(TaskError, match=r"its codec is another one now"):
+            again()
+    shutil.rmtree(codec)
+    shutil.copytree(codec_folder, codec)
+    manifest = Manifest.load(data)
+    Manifest("renamed", manifest.classes, manifest.splits).save(data)
+    with pytest.raises(TaskError, match=r"its data is another one now"):
+        run(resolve("classification", overrides))
+    assert (tmp_path / "run" / "results.json").read_bytes() == results
+
+
+def test_run__options_that_could_not_work_do_not_bar_the_run_folder(
+    codec_folder: Path, colours: Path, tmp_path: Path, options
+):
+    for wrong, word in (("rate=0.5", "one rate"), ("classes=[a]", "classes"), ("data=nowhere", "nowhere")):
+        with pytest.raises(ValueError, match=word):
+            run(resolve("classification", options(codec_folder, colours, tmp_path / "run", wrong)))
+    assert run(resolve("classification", options(codec_folder, colours, tmp_path / "run", "epochs=1")))["images"] == 18
+
+
+def test_run__a_place_where_no_folder_can_be(codec_folder: Path, colours: Path, tmp_path: Path, options):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/x/config.yaml: cannot be written"):
+        run(resolve("classification", options(codec_folder, colours, tmp_path / "file" / "x")))
+
+
+def test_evaluate__damaged_results_are_named(finetuned: Path, tmp_path: Path):
+    folder = shutil.copytree(finetuned, tmp_path / "run")
+    (folder / "results.json").write_text("{")
+    with pytest.raises(TaskError, match=r"results.json: cannot be read"):
+        evaluate_run(folder)

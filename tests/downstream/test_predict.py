@@ -14,6 +14,7 @@ from PIL import Image
 from small_objects import NARROW_DETECTOR, SIZES, rectangle, rectangles, write_objects
 
 from downstream import finetune
+from pretrain.codec.feature_codec import FeatureCodec
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,31 @@ def test_predict__a_run_on_pixels_takes_images_and_no_streams(
     assert_refused(
         dicm("predict", "classification", tmp_path / "run", tmp_path / "x.dicm", "-o", tmp_path / "out"), "input=pixels"
     )
+
+
+def test_predict__overwrites_no_source(detected: Path, photos: Path):
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    assert_refused(dicm("predict", "detection", detected, photos, "-o", photos), "photo0.png", "overwritten", "-o")
+    assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_predict__a_run_that_is_not_complete_or_of_another_codec(
+    detected: Path, codec_folder: Path, photos: Path, tmp_path: Path
+):
+    cut = shutil.copytree(detected, tmp_path / "cut")
+    (cut / "results.json").unlink()
+    out = ("-o", tmp_path / "out")
+    assert_refused(dicm("predict", "detection", cut, photos, *out), "not complete", "dicm finetune detection")
+    torch.manual_seed(1)
+    FeatureCodec(FeatureCodec.from_pretrained(codec_folder).config).eval().save_pretrained(tmp_path / "other")
+    other = ("--codec", tmp_path / "other")
+    assert_refused(dicm("predict", "detection", detected, photos, *out, *other), "codec is another one now")
+    moved = shutil.copytree(codec_folder, tmp_path / "moved")
+    assert dicm("predict", "detection", detected, photos, *out, "--codec", moved).returncode == 0
+
+
+def test_predict__nothing_but_unusable_files_is_an_error(detected: Path, tmp_path: Path):
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    result = dicm("predict", "detection", detected, tmp_path / "a.png", tmp_path / "b.jpg", "-o", tmp_path / "out")
+    assert_refused(result, "none of 2 files", "a.png")

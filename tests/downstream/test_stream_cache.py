@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from small_codecs import create_codec
 from small_objects import NARROW_DETECTOR, SMALL_CROPS, rectangles, write_objects
 
 from cluster.metrics import read_rows
+from data_pipeline.errors import DataError
 from data_pipeline.shards import Manifest
 from downstream import finetune, stream_cache
+from downstream.errors import TaskError
 from downstream.stream_cache import STREAM, StreamDataset
 from pretrain.codec.feature_codec import FeatureCodec
 
@@ -137,7 +141,7 @@ def test_cache_folder__serves_other_runs_and_refuses_what_was_made_otherwise(cod
         changed.g_a[-1].weight.mul_(2)
         shutil.rmtree(other)
         changed.save_pretrained(other, extra={"image_size": 64, "canvas_size": 64})
-    assert_refused(dicm("finetune", "classification", *common, f"codec={other}"), "codec:", "cache_folder")
+    assert_refused(dicm("finetune", "classification", *common, f"codec={other}"), "codec (content)", "cache_folder")
     assert not (tmp_path / "c").exists()
     (tmp_path / "streams" / "streams.json").write_text(json.dumps([1]))
     assert_refused(dicm("finetune", "classification", *common), "streams.json")
@@ -148,3 +152,62 @@ def test_cache__is_refused_where_it_is_idle(codec: Path, scenes: Path, tmp_path:
     assert_refused(dicm("finetune", "classification", *places, "cache=bitstreams", "probe=true"), "probe=true")
     assert_refused(dicm("finetune", "classification", *places, "cache=pictures"), "cache=pictures", "bitstreams")
     assert_refused(dicm("finetune", "classification", *places, "cache_views=0"), "cache_views=0")
+
+
+def test_cache_folder__that_holds_something_else_is_left_alone(codec: Path, scenes: Path, tmp_path: Path):
+    data = shutil.copytree(scenes, tmp_path / "data")
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    places = [f"codec={codec}", f"data={data}", f"run={tmp_path / 'run'}", "launcher=local", f"cache_folder={data}",
+              "batch_size=8"]  # fmt: skip
+    assert_refused(dicm("finetune", "classification", *places, "cache=bitstreams"), str(data), "other than streams")
+    assert {path: path.read_bytes() for path in data.iterdir()} == before
+
+
+def test_cache_folder__streams_without_pixels_do_not_serve_a_loss_that_needs_them(
+    codec: Path, scenes: Path, tmp_path: Path
+):
+    shared = f"cache_folder={tmp_path / 'streams'}"
+    finetune.run(config_of("detection_small", codec, scenes, tmp_path / "a", shared, "epochs=1"))
+    with pytest.raises(TaskError, match="pixels: False there, True here"):
+        finetune.run(config_of("detection_small", codec, scenes, tmp_path / "b", shared, "gate=dynamic"))
+    finetune.run(
+        config_of(
+            "detection_small", codec, scenes, tmp_path / "c", shared, "gate=dynamic", "feature_weight=0", "epochs=1"
+        )
+    )  # its streams are the same
+
+
+def test_build_streams__damaged_parts_are_made_again(codec: Path, scenes: Path, tmp_path: Path):
+    config = config_of("classification", codec, scenes, tmp_path / "run", "epochs=1")
+    finetune.run(config)
+    folder = tmp_path / "run" / "streams"
+    before = Manifest.load(folder)
+    (folder / "parts" / "view0-000000.json").write_text("x")
+    (folder / before.split("view1").shards[0].name).unlink()
+    task = task_of(config)
+    assert stream_cache.build_streams(task)
+    assert Manifest.load(folder).splits == before.splits
+    assert StreamDataset.of_task(task).raw(3, 48)[STREAM]
+    shard = folder / before.split("view2").shards[0].name
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"remove .*streams, they are made again"):
+        StreamDataset.of_task(task).raw(3, 96)
+
+
+def test_build_streams__sigterm_stops_between_parts(
+    codec: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stream_cache, "PART", 16)
+    task = task_of(config_of("classification", codec, scenes, tmp_path / "run"))
+    done: list[int] = []
+
+    def tell(number: int, total: int) -> None:
+        done.append(number)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not stream_cache.build_streams(task, tell)
+    assert done == [1, 2]
+    task.runtime.close()

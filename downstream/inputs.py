@@ -1,0 +1,59 @@
+"""What a run reads from outside, by content: RUN/inputs.json.
+
+    {"codec": fingerprint, "data": sha256 of the manifest, "teacher": sha256 of the file, ...}
+
+Options name these by their paths, under which something else may lie another day. A run goes on, and is evaluated, only
+with what it began with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from cluster.files import write_whole
+from data_pipeline.shards import Manifest
+from downstream.config import FinetuneConfig
+from downstream.errors import TaskError
+from pretrain.codec.feature_codec import FeatureCodec
+
+INPUTS = "inputs.json"
+FILES = ("teacher", "latents_weights", "anchor_weights")  # options that name a file, or `zoo`
+
+
+def inputs_of(config: FinetuneConfig, codec: FeatureCodec | None, manifest: Manifest) -> dict[str, str]:
+    """What the options of a run stand for now."""
+    found = {"data": manifest.hash}
+    if codec is not None:
+        found["codec"] = codec.fingerprint.hex()
+    for key in FILES:
+        path = Path(getattr(config, key, None) or "")
+        if path.is_file():
+            with path.open("rb") as file:
+                found[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def write_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Write RUN/inputs.json (TaskError where the disk refuses)."""
+    try:
+        write_whole(folder / INPUTS, json.dumps(inputs, indent=2) + "\n")
+    except OSError as error:
+        raise TaskError(f"{folder / INPUTS}: cannot be written ({error.strerror}); free space, run it again") from error
+
+
+def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """See that a run's inputs, as far as `inputs` tells them, are what they were (TaskError)."""
+    try:
+        before = dict(json.loads((folder / INPUTS).read_text()))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError) as error:
+        raise TaskError(f"{folder / INPUTS}: cannot be read ({error}); use another run folder") from error
+    for key, value in inputs.items():
+        if before.get(key) != value:
+            raise TaskError(
+                f"{folder}: its {key} is another one now ({str(before.get(key))[:12]} then, {value[:12]} now); put "
+                "back what was there, or use another run folder"
+            )
