@@ -38,7 +38,7 @@ from downstream.inputs import check_inputs, inputs_of, write_inputs
 from downstream.results import RESULTS, read_results, write_results
 from downstream.stream_cache import build_streams, prepare_folder
 from downstream.tasks import task_class
-from downstream.tasks.task import Found
+from downstream.tasks.task import Found, average_buffers
 
 RECIPES = Path(__file__).parent / "recipes"
 FREE_KEYS = {
@@ -248,6 +248,7 @@ class Finetuner:
                 return False
             if self.step % config.checkpoint_every == 0:
                 self._save()
+        average_buffers(self.model, runtime)
         self.task.finish()
         self._save()
         return True

@@ -287,6 +287,13 @@ def settle_statistics(network: nn.Module, inputs: Iterator[Tensor], runtime: Run
     Those that come with the backbone are of other features; running means of a short run still hold them.
     """
     update_bn(inputs, network)
+    average_buffers(network, runtime)
+
+
+def average_buffers(network: nn.Module, runtime: Runtime) -> None:
+    """Give all ranks the mean of each rank's statistics: each has seen its own part of the last batch."""
+    if runtime.world == 1:
+        return
     for buffer in network.buffers():
         if buffer.is_floating_point():
             buffer.copy_(runtime.gather(buffer[None]).mean(dim=0))

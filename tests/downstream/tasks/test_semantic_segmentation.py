@@ -238,9 +238,14 @@ def test_run__a_resumed_run_ends_in_the_same_weights(step: int, trained: Path, p
 
 
 @pytest.mark.slow
-def test_run__two_workers_count_each_image_once(trained: Path, place: Path, tmp_path: Path):
+def test_run__two_workers_of_ray_count_each_image_once(trained: Path, place: Path, tmp_path: Path):
     results = fine_tune(
-        place / "codec", place / "scenes", tmp_path / "run", "workers=2", f"teacher={trained / 'teacher.pt'}"
+        place / "codec",
+        place / "scenes",
+        tmp_path / "run",
+        "workers=2",
+        "launcher=ray",
+        f"teacher={trained / 'teacher.pt'}",
     )
     assert results["images"] == 4
     alone = finetune.evaluate_run(tmp_path / "run")
