@@ -7,9 +7,8 @@ trained, so it is in no optimizer, no checkpoint and no DDP broadcast.
 from __future__ import annotations
 
 import io
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,11 +19,9 @@ from cluster.runtime import Runtime
 from data_pipeline.views import normalize
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import Anchor, create_anchor, through
+from downstream.grouping import in_groups
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.feature_codec import FeatureCodec
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class FeatureSource(Protocol):
@@ -64,17 +61,6 @@ def source_of(
 def features_of(source: FeatureSource, images: Sequence[Tensor]) -> list[Tensor]:
     """Features (C, h, w) of images (3, H, W) uint8 of any sizes, those of one size in one pass."""
     return in_groups(images, lambda image: tuple(image.shape), lambda group: list(source.features(torch.stack(group))))
-
-
-def in_groups(items: Sequence[T], key: Callable[[T], Hashable], function: Callable[[list[T]], list[R]]) -> list[R]:
-    """`function` of the items of each key together; the results in the order of the items."""
-    groups: dict[Hashable, list[int]] = defaultdict(list)
-    for number, item in enumerate(items):
-        groups[key(item)].append(number)
-    found: dict[int, R] = {}
-    for numbers in groups.values():
-        found.update(zip(numbers, function([items[number] for number in numbers]), strict=True))
-    return [found[number] for number in range(len(items))]
 
 
 class RateMeter:

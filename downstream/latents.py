@@ -8,12 +8,14 @@ CompressAI's models (`compressai_latents`), travel in the container of docs/bits
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data_pipeline.views import normalize
+from downstream.grouping import in_groups
 from pretrain.codec import bitstream
 from pretrain.codec.coder import Choice
 from pretrain.codec.feature_codec import FeatureCodec
@@ -66,6 +68,10 @@ class LatentCodec(ABC):
     def decode(self, stream: bytes) -> Tensor:
         """y_hat (1, C, h, w) of a stream with both layers (BitstreamError: damaged; CodecError: has no rest)."""
 
+    def decode_all(self, streams: Sequence[bytes]) -> list[Tensor]:
+        """y_hat (C, h, w) of streams with all their layers, of images of any sizes (as `decode`)."""
+        return [self.decode(stream)[0] for stream in streams]
+
     def need_channels(self) -> None:
         """CodecError where channels cannot be sent one without the other; that is the exception."""
         return
@@ -110,5 +116,18 @@ class FeatureLatents(LatentCodec):
         return Received(y_hat[:, list(chosen)], chosen, info.height, info.width)
 
     def decode(self, stream: bytes) -> Tensor:
-        listed = self.codec.describe(stream).channels is not None
-        return self.codec.decode_latents([stream], last_layer="rest" if listed else None)
+        return self.decode_all([stream])[0][None]
+
+    def decode_all(self, streams: Sequence[bytes]) -> list[Tensor]:
+        """Those of images of one size in one pass."""
+
+        def kind(stream: bytes) -> tuple[int, int, bool]:
+            info = self.codec.describe(stream)
+            return info.height, info.width, info.channels is not None
+
+        def decode(group: list[bytes]) -> list[Tensor]:
+            listed = kind(group[0])[-1]
+            return list(self.codec.decode_latents(group, last_layer="rest" if listed else None))
+
+        with torch.autocast(self.device.type, enabled=False):
+            return in_groups(streams, kind, decode)

@@ -42,8 +42,9 @@ from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_objects
 from downstream.evaluation.objects import coco_metrics, voc_ap50
-from downstream.frozen import FeatureSource, PixelInput, RateMeter, features_of, in_groups
+from downstream.frozen import FeatureSource, PixelInput, RateMeter, features_of
 from downstream.gate import StaticGate
+from downstream.grouping import in_groups
 from downstream.latents import LatentCodec, Received
 from downstream.stream_cache import STREAM, StreamDataset
 from downstream.tasks.latent_input import LatentInput, LatentOptions, create_latent_codec, gate_of
@@ -256,7 +257,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
             features = self.source.decode_all(streams) if streams else features_of(self.source, images)
             losses = module(features, sizes, targets)
         else:
-            y_hats = [self.source.decode(stream)[0] for stream in streams] or in_groups(
+            y_hats = self.source.decode_all(streams) or in_groups(
                 images, _size, lambda group: list(self.source.latents(torch.stack(group)))
             )
             guides = features_of(PixelInput(self.head, None, self.device), images) if self._distils else None

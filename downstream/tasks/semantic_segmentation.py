@@ -328,7 +328,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
             cross_entropy = segmentation_loss(module(pixels), batch.masks)
             return cross_entropy, {"cross_entropy": cross_entropy.detach()}
         if batch.streams is not None:
-            y_hat = torch.cat([self.source.decode(stream) for stream in batch.streams])
+            y_hat = torch.stack(self.source.decode_all(batch.streams))
         else:
             y_hat = self.source.latents(batch.images)
         logits, features = module(y_hat, *batch.masks.shape[-2:])

@@ -46,3 +46,13 @@ def test_feature_latents__without_a_list_all_channels_come(latents: FeatureLaten
     received = latents.receive(latents.encode(image))
     assert received.channels is None
     assert torch.equal(received.latents, latents.decode(latents.encode(image)))
+
+
+def test_feature_latents__streams_of_many_sizes_are_read_together_as_one_by_one(latents: FeatureLatents):
+    images = [random_images(1, *size)[0] for size in ((64, 64), (70, 100), (64, 64))]
+    streams = [latents.encode(image) for image in images]
+    streams.append(latents.encode(images[0], channels=CHOSEN, rest=True))
+    together = latents.decode_all(streams)
+    for stream, y_hat in zip(streams, together, strict=True):
+        assert torch.equal(latents.decode(stream)[0], y_hat)
+    assert torch.equal(together[0], together[3])
