@@ -342,4 +342,4 @@ def test_predict__draws_a_map_with_a_legend_of_images_and_of_streams(trained: Pa
     assert (total == 1).all()
     for out in "ab":
         drawn = np.asarray(Image.open(tmp_path / out / "scene.png"))
-        assert drawn.shape[1] == 64 and drawn.shape[0] > 64 + 13  # the legend is below
+        assert drawn.shape[1] >= 64 and drawn.shape[0] > 64 + 13  # the legend is below, as wide as its texts
