@@ -177,7 +177,7 @@ class CanvasLoader(DataLoader[CanvasBatch]):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+            worker_init_fn=one_thread,
         )
         self.canvases, self.batches, self.quarantine, self.replacements = dataset, batches, quarantine, replacements
         self.samples_ahead, self.cache_share = samples_ahead, cache_share
@@ -350,6 +350,7 @@ def _as_it_is(delivery: Delivery) -> Delivery:
     return delivery
 
 
-def _one_thread(_: int) -> None:
+def one_thread(_: int) -> None:
+    """What a worker process begins with."""
     # A worker is one thread by design; OpenCV's pool also does not survive the fork that made the worker.
     cv2.setNumThreads(0)

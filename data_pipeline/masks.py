@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 from data_pipeline.cache import ShardCache
 from data_pipeline.errors import SampleError
 from data_pipeline.samples import (
+    MIN_SIDE,
     SampleDataset,
     Survey,
     UnusableError,
@@ -32,7 +33,6 @@ from data_pipeline.samples import (
 )
 
 IGNORE = 255
-MIN_SIDE = 16  # pixels; no stream is made of a smaller image
 
 
 class MaskSample(NamedTuple):

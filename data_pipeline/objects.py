@@ -19,10 +19,17 @@ from torch import Tensor
 
 from data_pipeline.cache import ShardCache
 from data_pipeline.errors import DataError, SampleError
-from data_pipeline.samples import SampleDataset, Survey, UnusableError, facts_of, picture_of, survey, to_tensor
+from data_pipeline.samples import (
+    MIN_SIDE,
+    SampleDataset,
+    Survey,
+    UnusableError,
+    facts_of,
+    picture_of,
+    survey,
+    to_tensor,
+)
 from data_pipeline.sources.annotations import OutlineError, clean_boxes, decode_mask, encode_mask
-
-MIN_SIDE = 16  # pixels; no stream is made of a smaller image
 
 
 class Objects(NamedTuple):

@@ -26,13 +26,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError, SampleError
+from data_pipeline.loader import MOST_IN_A_ROW, one_thread
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.parallel import ordered_map
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, Shard, ShardReader, Split
 
 IN_ONE_PROCESS = 500  # samples that are surveyed faster than processes start
-MOST_IN_A_ROW = 10  # samples that cannot be used and follow each other
+MIN_SIDE = 16  # pixels; no stream is made of a smaller image
 
 S = TypeVar("S")
 Inspection = Callable[[dict[str, Any]], tuple[int, Counter[str]]]
@@ -220,7 +221,7 @@ class SampleLoader(DataLoader[list[S]]):
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=one_thread,
         )
         self.quarantine = quarantine
 
@@ -297,10 +298,3 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
 
 def _as_it_is(delivery: Delivery) -> Delivery:
     return delivery
-
-
-def _one_thread(_: int) -> None:
-    import cv2
-
-    # A worker is one thread by design; OpenCV's pool also does not survive the fork that made the worker.
-    cv2.setNumThreads(0)

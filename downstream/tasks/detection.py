@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -111,10 +112,6 @@ class Detection(Task[DetectionConfig, list[Example]]):
     remedy = "build it with `dicm data build voc SRC OUT` or `dicm data build coco SRC OUT`"
     numbers = {"channels": "channels"}  # noqa: RUF012
     model: Detector | GatedDetector
-
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self._train_set: ObjectDataset | None = None
 
     @classmethod
     def fill_in(cls, config: DetectionConfig, codec: FeatureCodec | None, manifest: Manifest) -> None:
@@ -219,8 +216,6 @@ class Detection(Task[DetectionConfig, list[Example]]):
 
     def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
         """The image or its mirror image; pixels go along where the loss compares with their features."""
-        if self._train_set is None:
-            self._train_set = self.dataset(self.config.train_split)
         sample = self._train_set[number]
         if view:
             sample = mirror(sample)
@@ -229,6 +224,11 @@ class Detection(Task[DetectionConfig, list[Example]]):
         if self._distils:
             fields["png"] = encode_png(sample.image.contiguous(), 1).numpy().tobytes()
         return sample.image, fields
+
+    @cached_property
+    def _train_set(self) -> ObjectDataset:
+        """Kept for `view`: a new reader would hash its shards anew for every sample."""
+        return self.dataset(self.config.train_split)
 
     @property
     def _distils(self) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,13 +293,18 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
 
     def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
         """A crop, as a training draws it; the pixels go along, where the loss compares with the teacher's features."""
-        dataset = self.dataset(self.config.train_split)
+        dataset = self._train_set
         position = view * len(dataset) + number
         crop = dataset.load(dataset.raw(number, None), int(dataset.usable[number]), position)
         fields: dict[str, Any] = {"mask.png": _png(crop.mask.numpy())}
         if self._distils:
             fields["png"] = _png(crop.image.permute(1, 2, 0).numpy()[..., ::-1])
         return crop.image, fields
+
+    @cached_property
+    def _train_set(self) -> MaskDataset:
+        """Kept for `view`: a new reader would hash its shards anew for every sample."""
+        return self.dataset(self.config.train_split)
 
     @property
     def _distils(self) -> bool:

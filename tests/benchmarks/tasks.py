@@ -90,7 +90,7 @@ def main() -> None:
     elif arguments.part == "beside":
         figures = {str(run): beside_nothing(run) for run in arguments.runs}
         for run, rows in figures.items():
-            show(run, rows)
+            show(f"{run}, loss {rows['trained']['losses']}", rows)
     elif arguments.part == "cache":
         figures = {task: both_ways(task, arguments) for task in arguments.tasks}
         show_cache(figures)
@@ -161,7 +161,7 @@ def beside_nothing(run: Path) -> dict[str, dict[str, Any]]:
         untrained = chosen(tuner.task.evaluate(), titles, start)
         tuner.logger.close()
     start = time.perf_counter()
-    trained = {**chosen(results, titles, start), "seconds": results["seconds"]}
+    trained = {**chosen(results, titles, start), "seconds": results["seconds"], "losses": losses(run)}
     rows = {"trained": trained, "untrained": untrained}
     if isinstance(tuner.task, Detection):
         rows["constant"] = chosen(tuner.task.measure(constant_records(tuner.task)), titles, start)
@@ -179,6 +179,14 @@ def beside_nothing(run: Path) -> dict[str, dict[str, Any]]:
 def chosen(results: dict[str, Any], titles: dict[str, str], start: float) -> dict[str, Any]:
     figures = {key: results[key] for key in (*titles, "bpp", "bpp_payload") if key in results}
     return {**figures, "titles": titles, "seconds": time.perf_counter() - start}
+
+
+def losses(run: Path) -> str:
+    """The mean loss over the first and over the last tenth of the rows of the stage that ended a run."""
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row.get("loss") is not None]
+    values = [row["loss"] for row in rows if row["stage"] == rows[-1]["stage"]]
+    tenth = max(1, len(values) // 10)
+    return f"{statistics.mean(values[:tenth]):.2f} to {statistics.mean(values[-tenth:]):.2f}"
 
 
 def labels(data: str, split: str) -> list[int]:
