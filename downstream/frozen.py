@@ -67,21 +67,26 @@ class RateMeter:
     """Adds up bytes and pixels; rates are over all pixels of all images together."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64)  # bytes, those of payloads, pixels, images
+        self.sums = torch.zeros(5, dtype=torch.float64)  # bytes, those of payloads, pixels, images, channels
 
     def add(self, sizes: Tensor, payloads: Tensor, height: int, width: int) -> None:
         """Count images of height x width pixels, whose files have `sizes` (N,) bytes."""
         count = len(sizes)
-        added = [sizes.sum(), payloads.sum(), count * height * width, count]
+        added = [sizes.sum(), payloads.sum(), count * height * width, count, 0]
         self.sums += torch.tensor(added, dtype=torch.float64)
 
+    def add_one(self, size: int, payload: int, height: int, width: int, channels: int) -> None:
+        """Count an image whose stream has `size` bytes and carries so many channels of a latent."""
+        self.sums += torch.tensor([size, payload, height * width, 1, channels], dtype=torch.float64)
+
     def rates(self, runtime: Runtime) -> dict[str, float]:
-        """`bpp`, `bpp_payload` and `images`, over all ranks (TaskError: no image could be read)."""
+        """`bpp`, `bpp_payload`, `images` and, of latents, mean `channels`, over all ranks (TaskError: no image)."""
         sums = runtime.gather(self.sums[None].to(runtime.device)).sum(0).tolist()
-        num_bytes, num_payload, pixels, images = sums
+        num_bytes, num_payload, pixels, images, channels = sums
         if not images:
             raise TaskError("no image of the validation split can be used; quarantine.jsonl in the run folder says why")
-        return {"bpp": 8 * num_bytes / pixels, "bpp_payload": 8 * num_payload / pixels, "images": int(images)}
+        rates = {"bpp": 8 * num_bytes / pixels, "bpp_payload": 8 * num_payload / pixels, "images": int(images)}
+        return {**rates, "channels": channels / images} if channels else rates
 
 
 class FrozenCodec:

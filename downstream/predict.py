@@ -94,7 +94,7 @@ def predict_files(
 
 def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
     """The network of a complete run, ready to predict (TaskError where there is none, or it is of another task)."""
-    task_class(name)
+    kind = task_class(name)
     config = load_run(run)
     if config.task != name:
         raise TaskError(f"{run} is a run of {config.task}, not of {name}; write `dicm predict {config.task} {run} ...`")
@@ -104,7 +104,6 @@ def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
         raise TaskError(f"{run}: the run is not complete; finish it with `dicm finetune {config.task} ... run={run}`")
     runtime = LocalRuntime()
     runtime.close()  # nothing is waited for here: SIGTERM is to end the command
-    kind = task_class(name)
     loaded = kind.load_codec(config, codec)
     check_inputs(run, {} if loaded is None else {"codec": loaded.fingerprint.hex()})
     task = kind(config, loaded, runtime)

@@ -29,6 +29,7 @@ from data_pipeline.samples import SampleDataset
 from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split
 from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
+from downstream.latent_config import LatentConfig
 from downstream.tasks.task import Task
 
 FACTS, PARTS, STREAM = "streams.json", "parts", "dicm"
@@ -40,7 +41,7 @@ FREE = {
     "workers", "launcher", "precision", "num_workers", "cache_folder", "shard_cache", "shard_cache_limit", "log_every",
     "checkpoint_every", "keep_checkpoints", "teacher", "num_channels", "channels", "chosen", "transform",
     "backbone", "start", "val_split", "drop_at", "classes", "fpn_channels", "hidden", "anchors", "proposals", "rois",
-    "voc07", "label_smoothing",
+    "voc07", "label_smoothing", "gate", "feature_weight",
 }  # fmt: skip
 
 
@@ -69,15 +70,15 @@ def prepare_folder(config: FinetuneConfig, inputs: dict[str, str]) -> None:
         else:
             write_whole(folder / FACTS, json.dumps(wanted, indent=2))
             return
+    except TaskError:
+        raise
     except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, TaskError):
-            raise
         raise TaskError(f"{folder / FACTS}: cannot be read or written ({error}); name another cache_folder") from error
-    different = [key for key in wanted if found.get(key) != wanted[key]]
+    different = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if different:
         key = different[0]
         raise TaskError(
-            f"{folder} holds streams that were made otherwise ({key}: {found.get(key)} there, {wanted[key]} here); "
+            f"{folder} holds streams that were made otherwise ({key}: {found.get(key)} there, {wanted.get(key)} here); "
             "name another cache_folder, or remove it"
         )
 
@@ -175,13 +176,12 @@ def _shards(folder: Path, view: int, num_parts: int) -> tuple[Shard, ...]:
 def _facts(config: FinetuneConfig, inputs: dict[str, str]) -> dict[str, Any]:
     """What streams depend on, as JSON values."""
     options = {key: value for key, value in asdict(config).items() if key not in FREE}
-    gated = options.pop("gate", None) is not None and config.input == "streams"
-    # The loss of gated latents may compare with features of pixels, which are then kept beside the streams.
-    options["pixels"] = gated and options.pop("feature_weight", 0.0) > 0
-    options.pop("feature_weight", None)
-    latents = options.get("latents", "codec") if gated else "codec"
-    options = {key: value for key, value in options.items() if latents != "codec" or not key.startswith("latents")}
-    options["latents"] = latents
+    # A loss that compares with features of pixels needs them beside the streams.
+    gated = isinstance(config, LatentConfig) and config.reads_latents
+    options["pixels"] = isinstance(config, LatentConfig) and config.distils
+    if not gated or options["latents"] == "codec":
+        options = {key: value for key, value in options.items() if not key.startswith("latents")}
+        options["latents"] = "codec"
     made_of = {key: value for key, value in inputs.items() if key != "teacher"}
     return json.loads(json.dumps({**options, **{f"{key} (content)": value for key, value in made_of.items()}}))
 

@@ -38,21 +38,17 @@ from data_pipeline.samples import (
 )
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
-from downstream.channels import most_varied
-from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_objects
 from downstream.evaluation.objects import coco_metrics, voc_ap50
-from downstream.frozen import FeatureSource, PixelInput, RateMeter, features_of
-from downstream.gate import StaticGate
+from downstream.frozen import PixelInput, RateMeter, features_of
 from downstream.grouping import in_groups
-from downstream.latents import LatentCodec, Received
+from downstream.latent_config import LatentConfig
 from downstream.stream_cache import STREAM, StreamDataset
-from downstream.tasks.latent_input import LatentInput, LatentOptions, create_latent_codec, gate_of
+from downstream.tasks.latent_input import LatentInput, gate_of
+from downstream.tasks.latent_task import LatentTask, num_channels
 from downstream.tasks.rcnn import COARSEST, NUM_LEVELS, Detector, GatedDetector
-from downstream.tasks.task import Found, Task, settle_statistics, shard_cache_of, survey_splits
-from pretrain.codec import bitstream
-from pretrain.codec.feature_codec import FeatureCodec
+from downstream.tasks.task import Found, settle_statistics, shard_cache_of, survey_splits
 
 S = TypeVar("S")
 STATISTICS_BATCH, STATISTICS_SAMPLES = 16, 128  # training images that give batch norms their statistics
@@ -60,7 +56,7 @@ DECIMALS = 2  # of a pixel and of a score's per cent, in predictions
 
 
 @dataclass
-class DetectionConfig(FinetuneConfig, LatentOptions):
+class DetectionConfig(LatentConfig):
     """Options of a detection. The widths are torchvision's; small machines and data want less.
 
     With `gate`, chosen channels of latents are read in place of f3 (Liu, section 3.7).
@@ -80,7 +76,6 @@ class DetectionConfig(FinetuneConfig, LatentOptions):
     def validate(self) -> None:
         """As `FinetuneConfig.validate`."""
         super().validate()
-        self.validate_latents(self.codec)
         if self.gate is not None and self.input == "pixels":
             raise TaskError(f"gate={self.gate} with input=pixels is impossible; a gate chooses channels of latents")
         self.at_least(1, "fpn_channels", "hidden", "proposals", "rois")
@@ -100,7 +95,7 @@ class Example(NamedTuple):
     stream: bytes | None
 
 
-class Detection(Task[DetectionConfig, list[Example]]):
+class Detection(LatentTask[DetectionConfig, list[Example]]):
     """Boxes and classes of objects."""
 
     Config = DetectionConfig
@@ -110,23 +105,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
     }  # fmt: skip
     masks = False  # whether instances are outlined
     remedy = "build it with `dicm data build voc SRC OUT` or `dicm data build coco SRC OUT`"
-    numbers = {"channels": "channels"}  # noqa: RUF012
     model: Detector | GatedDetector
-
-    @classmethod
-    def fill_in(cls, config: DetectionConfig, codec: FeatureCodec | None, manifest: Manifest) -> None:
-        super().fill_in(config, codec, manifest)
-        config.read_chosen()
-
-    @classmethod
-    def check_codec(cls, config: DetectionConfig, codec: FeatureCodec | None) -> None:
-        """Channels that the latent has."""
-        super().check_codec(config, codec)
-        if config.gate is not None:
-            latents = create_latent_codec(config, codec, config.rate, torch.device("cpu"))
-            gate_of(config, latents.channels)
-            if config.gate != "none":
-                latents.need_channels()
 
     @classmethod
     def check_data(cls, config: DetectionConfig, manifest: Manifest) -> Found:
@@ -138,11 +117,6 @@ class Detection(Task[DetectionConfig, list[Example]]):
             config, manifest, lambda split: survey_objects(config.data, split, count, cls.masks, cache),
             what=what, remedy=cls.remedy, per_worker=1,
         )  # fmt: skip
-
-    def make_source(self) -> FeatureSource | LatentCodec:
-        if self.config.gate is None:
-            return super().make_source()
-        return create_latent_codec(self.config, self.codec, self.config.rate, self.device)
 
     def network(self) -> Detector | GatedDetector:
         config = self.config
@@ -163,11 +137,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
         model, source, train_set = self.model, self.source, self.dataset(self.config.train_split)
         if isinstance(model, GatedDetector):
             source = PixelInput(self.head, None, self.device)
-            if self.config.gate == "variance":
-                gate = model.front.gate
-                assert isinstance(gate, StaticGate)
-                images = (sample.image for sample in once(train_set))
-                gate.chosen.copy_(torch.tensor(most_varied(self.source, images, self.config.num_channels)))
+            self.choose_varied(sample.image for sample in once(train_set))
         batches = self._loader(train_set, STATISTICS_BATCH * self.runtime.world, num_workers=0)
         samples = min(STATISTICS_SAMPLES, self.found.num_samples)
         pyramid = model.detector.pyramid if isinstance(model, GatedDetector) else model.pyramid
@@ -221,7 +191,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
             sample = mirror(sample)
         height, width = _size(sample.image)
         fields: dict[str, Any] = {"json": facts_from(sample.objects, width, height)}
-        if self._distils:
+        if self.config.distils:
             fields["png"] = encode_png(sample.image.contiguous(), 1).numpy().tobytes()
         return sample.image, fields
 
@@ -229,10 +199,6 @@ class Detection(Task[DetectionConfig, list[Example]]):
     def _train_set(self) -> ObjectDataset:
         """Kept for `view`: a new reader would hash its shards anew for every sample."""
         return self.dataset(self.config.train_split)
-
-    @property
-    def _distils(self) -> bool:
-        return self.config.gate is not None and self.config.feature_weight > 0
 
     def _of_stream(self, raw: dict[str, Any]) -> Example:
         facts = facts_of(raw)
@@ -260,7 +226,7 @@ class Detection(Task[DetectionConfig, list[Example]]):
             y_hats = self.source.decode_all(streams) or in_groups(
                 images, _size, lambda group: list(self.source.latents(torch.stack(group)))
             )
-            guides = features_of(PixelInput(self.head, None, self.device), images) if self._distils else None
+            guides = features_of(PixelInput(self.head, None, self.device), images) if self.config.distils else None
             losses = module(y_hats, sizes, targets, guides)
             if guides is not None:
                 losses["feature_mse"] = self.config.feature_weight * losses["feature_mse"]
@@ -280,31 +246,17 @@ class Detection(Task[DetectionConfig, list[Example]]):
         """Average precisions and rates, image by image: a result does not depend on what stands beside it."""
         self.model.eval()
         rates, lines = RateMeter(), []
-        runtime, channels = self.runtime, 0
-        dataset = self.dataset(self.config.val_split)
+        dataset, runtime = self.dataset(self.config.val_split), self.runtime
         for sample in once(dataset, rank=runtime.rank, world=runtime.world, quarantine=self.config.run):
             height, width = _size(sample.image)
-            received, size, payload = self._through_stream(sample.image)
-            rates.add(torch.tensor([size]), torch.tensor([payload]), height, width)
-            channels += received.latents.shape[1] if isinstance(received, Received) else 0
+            received, size, payload = self.through_stream(sample.image)
+            rates.add_one(size, payload, height, width, num_channels(received))
             record = {
                 "image": sample.index, "height": height, "width": width,
                 "truth": truth_of(sample.objects), "found": self._find(received, height, width),
             }  # fmt: skip
             lines.append(json.dumps(record))
-        measured = {**self.measure(self._gathered(lines)), **rates.rates(runtime)}
-        if self.config.gate is not None:
-            total = runtime.gather(torch.tensor([channels], device=self.device)).sum()
-            measured["channels"] = float(total) / measured["images"]
-        return measured
-
-    def _through_stream(self, image: Tensor) -> tuple[Any, int, int]:
-        """What is received of an image, the stream's bytes, and those of its payload."""
-        if not isinstance(self.model, GatedDetector):
-            features, sizes, payloads = self.source.through_streams(image[None].to(self.device))
-            return features, int(sizes[0]), int(payloads[0])
-        stream = self.source.encode(image.to(self.device), self.model.front.gate.choice)
-        return self.source.receive(stream), len(stream), sum(bitstream.describe(stream).layers.values())
+        return {**self.measure(self._gathered(lines)), **rates.rates(runtime)}
 
     def measure(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Metrics of the records of all images."""
@@ -342,24 +294,6 @@ class Detection(Task[DetectionConfig, list[Example]]):
         for item, mask in zip(objects, found.get("masks", ()), strict=False):
             item["mask"] = mask
         return {"objects": objects}
-
-    def receive_image(self, image: Tensor) -> tuple[Any, int]:
-        received, size, _ = self._through_stream(image)
-        return received, size
-
-    def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
-        if self.config.gate is None:
-            return super().receive_stream(stream)
-        received = self.source.receive(stream)
-        return received, received.height, received.width
-
-    def picture(self, received: Any, height: int, width: int) -> Tensor:
-        """The features, or F as the network makes it of the latents."""
-        if not isinstance(self.model, GatedDetector):
-            return super().picture(received, height, width)
-        with torch.no_grad(), self.autocast():
-            features = self.model.front.from_base(received)
-        return super().picture(features.float(), height, width)
 
     def prepare(self, image: Tensor) -> Tensor:
         """The image itself, or shrunk as those of the data set were."""

@@ -1,4 +1,4 @@
-"""Gated latents as the input of a network's layer2: options, and the part that is trained in front of it.
+"""Gated latents as the input of a network's layer2: the part that is trained in front of it.
 
     y_hat -> gate -> transform -> F (N, C1, H/4, W/4)
 
@@ -8,8 +8,6 @@ Source: Liu, Sun, Katto 2022, sections 2.2, 2.3 and, in front of a detector, 3.7
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,59 +16,15 @@ from torch import Tensor, nn
 from downstream.compressai_latents import create_latents, load_model
 from downstream.errors import TaskError
 from downstream.frozen import feature_size
-from downstream.gate import GATES, Gate, StaticGate, create_gate
+from downstream.gate import Gate, StaticGate, create_gate
+from downstream.latent_config import LatentConfig
 from downstream.latents import FeatureLatents, LatentCodec, Received
-from downstream.transform import TRANSFORMS, LatentTransform
+from downstream.transform import LatentTransform
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.coding import read_channels
-
-
-@dataclass
-class LatentOptions:
-    """Which latents are read, and how; a task's config takes these in."""
-
-    latents: str = "codec"  # y2 of the codec; or a model of CompressAI's zoo: bmshj2018-hyperprior is the paper's
-    latents_quality: int = 4  # of a zoo model's weights
-    latents_metric: str = "mse"
-    latents_weights: str = "zoo"  # or a file
-
-    gate: str | None = None  # dynamic, static, variance or none
-    num_channels: int = 32  # gate=variance: how many are kept
-    channels: str | None = None  # gate=static: file that `dicm select-channels` wrote
-    chosen: list[int] = field(default_factory=list)  # what that file says
-    transform: str = "deconv"
-    feature_weight: float = 1.0  # of MSE(F, F_gt)
-
-    def validate_latents(self, codec: str | None) -> None:
-        """Refuse what cannot work (TaskError)."""
-        if self.gate is not None and self.gate not in GATES:
-            raise TaskError(f"gate={self.gate} is unknown; use one of {', '.join(GATES)}")
-        if self.transform not in TRANSFORMS:
-            raise TaskError(f"transform={self.transform} is unknown; use one of {', '.join(TRANSFORMS)}")
-        if self.latents == "codec" and codec is None:
-            raise TaskError("latents=codec needs a codec: codec=DIR; or name a model of CompressAI's: latents=NAME")
-        if (self.gate == "static") != (self.channels is not None or bool(self.chosen)):
-            given = f"gate={self.gate} channels={self.channels}"
-            raise TaskError(f"{given}: gate=static needs the file of `dicm select-channels`, other gates take none")
-        if self.num_channels < 1:
-            raise TaskError(f"num_channels={self.num_channels} is impossible; it must be at least 1")
-        if self.latents != "codec" and getattr(self, "rate", None) is not None:
-            raise TaskError(f"rate with latents={self.latents} is impossible; its rate is latents_quality")
-        if self.feature_weight < 0:
-            raise TaskError(f"feature_weight={self.feature_weight:g} is impossible; it must not be negative")
-
-    def read_chosen(self) -> None:
-        """Take the channels of gate=static from their file, once (ConfigError: it names none)."""
-        if self.channels is None:
-            return
-        found = read_channels(Path(self.channels))
-        if self.chosen and self.chosen != found:
-            raise TaskError(f"channels={self.channels} names other channels than chosen={self.chosen[:8]}; give one")
-        self.chosen, self.num_channels = found, len(found)
 
 
 def create_latent_codec(
-    options: LatentOptions, codec: FeatureCodec | None, rate: float | None, device: torch.device
+    options: LatentConfig, codec: FeatureCodec | None, rate: float | None, device: torch.device
 ) -> LatentCodec:
     """The frozen latents that the options name (CodecError, TaskError: unusable)."""
     if options.latents == "codec":
@@ -80,7 +34,7 @@ def create_latent_codec(
     return create_latents(model, device)
 
 
-def gate_of(options: LatentOptions, channels: int) -> Gate:
+def gate_of(options: LatentConfig, channels: int) -> Gate:
     """The gate over a latent of `channels`; that of gate=variance has yet to be told its channels.
 
     Raises:

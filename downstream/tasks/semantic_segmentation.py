@@ -35,23 +35,20 @@ from data_pipeline.samples import once, training_loader
 from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.views import normalize
-from downstream.channels import most_varied
-from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import create_anchor
 from downstream.evaluation.drawing import draw_regions
 from downstream.evaluation.segmentation import SegmentationMetric, class_scores, constant_scores, scores
 from downstream.frozen import PixelInput, RateMeter
-from downstream.gate import Gate, StaticGate
-from downstream.latents import LatentCodec, Received
+from downstream.gate import Gate
+from downstream.latent_config import LatentConfig
+from downstream.latents import Received
 from downstream.stream_cache import STREAM, StreamDataset
 from downstream.tasks.deeplab import DeepLab, SegmentationTail, enlarge, load_deeplab
-from downstream.tasks.latent_input import LatentInput, LatentOptions, create_latent_codec, feature_distance, gate_of
-from downstream.tasks.task import Found, Task, shard_cache_of, survey_splits
-from pretrain.codec import bitstream
-from pretrain.codec.backbone import HEAD_STRIDE
+from downstream.tasks.latent_input import LatentInput, feature_distance, gate_of
+from downstream.tasks.latent_task import LatentTask, num_channels
+from downstream.tasks.task import Found, shard_cache_of, survey_splits
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.feature_picture import feature_picture
 
 TEACHER = "teacher.pt"
 REMEDY = "build it with `dicm data build cityscapes SRC OUT` or `dicm data build voc SRC OUT`"
@@ -59,7 +56,7 @@ DROP = 0.1  # of the learning rate
 
 
 @dataclass
-class SegmentationConfig(FinetuneConfig, LatentOptions):
+class SegmentationConfig(LatentConfig):
     """Options of a semantic segmentation; defaults are Liu's where he gives them."""
 
     codec: str | None = None  # latents=codec: exported codec, folder or hub id
@@ -85,7 +82,6 @@ class SegmentationConfig(FinetuneConfig, LatentOptions):
 
     def validate(self) -> None:
         """As `FinetuneConfig.validate`."""
-        self.validate_latents(self.codec)
         super().validate()
         if self.gate is None:
             raise TaskError("gate=null: semantic_segmentation reads latents; gate=none takes all their channels")
@@ -150,12 +146,11 @@ class MaskBatch(NamedTuple):
     streams: list[bytes] | None  # cache=bitstreams
 
 
-class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
+class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
     """A class for each pixel."""
 
     Config = SegmentationConfig
     metrics = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}  # noqa: RUF012
-    numbers = {"channels": "channels"}  # noqa: RUF012
     model: SegmentationNetwork | DeepLab
 
     def __init__(self, *arguments: Any):
@@ -172,7 +167,6 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
         """The network's ResNet is the codec's."""
         super().fill_in(config, codec, manifest)
         config.backbone = config.backbone or (codec.config.backbone if codec is not None else "resnet50")
-        config.read_chosen()
 
     @classmethod
     def class_names(cls, manifest: Manifest) -> list[str]:
@@ -190,7 +184,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
 
     @classmethod
     def check_codec(cls, config: SegmentationConfig, codec: FeatureCodec | None) -> None:
-        """Channels that the latent has, a backbone that fits the codec's, a teacher that can be read."""
+        """A backbone that fits the codec's, a teacher that can be read; and as `LatentTask`."""
         super().check_codec(config, codec)
         assert config.backbone is not None
         if config.start == "codec" and codec is not None and config.backbone != codec.config.backbone:
@@ -200,18 +194,14 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
             )
         if config.teacher is not None:
             load_deeplab(Path(config.teacher), config.backbone, len(config.classes))
-        if config.input == "streams":
-            latents = create_latent_codec(config, codec, config.rate, torch.device("cpu"))
-            gate_of(config, latents.channels)
-            if config.gate != "none":
-                latents.need_channels()
 
-    def make_source(self) -> LatentCodec | PixelInput:
+    def make_source(self) -> Any:
+        """With input=pixels the whole network reads pixels."""
         config = self.config
-        if config.input == "pixels":
-            anchor = create_anchor(config.anchor, config.anchor_weights) if config.anchor else None
-            return PixelInput(nn.Identity(), anchor, self.device)
-        return create_latent_codec(config, self.codec, config.rate, self.device)
+        if config.input == "streams":
+            return super().make_source()
+        anchor = create_anchor(config.anchor, config.anchor_weights) if config.anchor else None
+        return PixelInput(nn.Identity(), anchor, self.device)
 
     def network(self) -> nn.Module:
         """What the stage trains; a student's tail and a static gate's channels come in `begin`."""
@@ -236,11 +226,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
             self.model.load_state_dict(teacher.state_dict())
             return
         self.model.tail.load_state_dict(teacher.tail.state_dict())
-        if config.gate == "variance":
-            gate = self.model.input.gate
-            assert isinstance(gate, StaticGate)
-            images = (sample.image for sample in once(self.dataset(config.train_split)))
-            gate.chosen.copy_(torch.tensor(most_varied(self.source, images, config.num_channels)))
+        self.choose_varied(sample.image for sample in once(self.dataset(config.train_split)))
 
     def _load_teacher(self) -> DeepLab:
         assert self.config.backbone is not None
@@ -297,7 +283,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
         position = view * len(dataset) + number
         crop = dataset.load(dataset.raw(number, None), int(dataset.usable[number]), position)
         fields: dict[str, Any] = {"mask.png": _png(crop.mask.numpy())}
-        if self._distils:
+        if self.config.distils:
             fields["png"] = _png(crop.image.permute(1, 2, 0).numpy()[..., ::-1])
         return crop.image, fields
 
@@ -306,13 +292,9 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
         """Kept for `view`: a new reader would hash its shards anew for every sample."""
         return self.dataset(self.config.train_split)
 
-    @property
-    def _distils(self) -> bool:
-        return self.config.input == "streams" and self.config.feature_weight > 0
-
     def _of_streams(self, samples: list[dict[str, Any]]) -> MaskBatch:
         images = None
-        if self._distils:
+        if self.config.distils:
             pixels = [_decoded(sample["png"], cv2.IMREAD_COLOR_RGB) for sample in samples]
             images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)
         masks = np.stack([_decoded(sample["mask.png"], cv2.IMREAD_UNCHANGED) for sample in samples])
@@ -340,7 +322,7 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
         logits, features = module(y_hat, *batch.masks.shape[-2:])
         cross_entropy = segmentation_loss(logits, batch.masks)
         figures = {"cross_entropy": cross_entropy.detach()}
-        if not config.feature_weight:
+        if not config.distils:
             return cross_entropy, figures
         assert batch.images is not None
         with torch.no_grad():
@@ -357,46 +339,27 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
     def evaluate(self) -> dict[str, Any]:
         """mIoU and rate from real streams that carry the chosen channels and their list, nothing else."""
         self.model.eval()
-        metric, rates, channels = SegmentationMetric(len(self.config.classes)), RateMeter(), 0
+        metric, rates = SegmentationMetric(len(self.config.classes)), RateMeter()
         dataset, runtime = self.dataset(self.config.val_split), self.runtime
         for sample in once(dataset, rank=runtime.rank, world=runtime.world, quarantine=self.config.run):
             height, width = sample.mask.shape
-            received, size, payload = self._through_stream(sample.image)
+            received, size, payload = self.through_stream(sample.image)
             metric.update(self._logits(received, height, width).argmax(dim=1), sample.mask[None])
-            rates.add(torch.tensor([size]), torch.tensor([payload]), height, width)
-            channels += received.latents.shape[1] if isinstance(received, Received) else 0
+            rates.add_one(size, payload, height, width, num_channels(received))
         confusion = runtime.gather(metric.confusion()[None].to(self.device)).sum(0).cpu()
-        total = runtime.gather(torch.tensor([channels], device=self.device)).sum()
-        measured = rates.rates(runtime)
         return {
             **scores(confusion),
             "class_iou": dict(zip(self.config.classes, class_scores(confusion), strict=True)),
             "constant_miou": constant_scores(confusion)["miou"],
-            **measured,
-            "channels": float(total) / measured["images"] if self.config.input == "streams" else None,
+            "channels": None,  # of pixels
+            **rates.rates(runtime),
         }
-
-    def _through_stream(self, image: Tensor) -> tuple[Any, int, int]:
-        """What is received of an image, the stream's bytes, and those of its payload."""
-        if isinstance(self.model, DeepLab):
-            pixels, sizes, payloads = self.source.through_streams(image[None])
-            return pixels, int(sizes[0]), int(payloads[0])
-        stream = self.source.encode(image.to(self.device), self.model.input.gate.choice)
-        return self.source.receive(stream), len(stream), sum(bitstream.describe(stream).layers.values())
 
     def _logits(self, received: Any, height: int, width: int) -> Tensor:
         with self.autocast():
             if isinstance(self.model, DeepLab):
                 return self.model(received).float()
             return self.model.from_base(received)
-
-    def receive_image(self, image: Tensor) -> tuple[Any, int]:
-        received, size, _ = self._through_stream(image)
-        return received, size
-
-    def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
-        received = self.source.receive(stream)
-        return received, received.height, received.width
 
     def prepare(self, image: Tensor) -> Tensor:
         """The image itself, or resized as those of the data set were."""
@@ -419,13 +382,6 @@ class SemanticSegmentation(Task[SegmentationConfig, MaskBatch]):
                 if count
             ]
         }  # fmt: skip
-
-    def picture(self, received: Any, height: int, width: int) -> Tensor:
-        """F, as the network makes it of the latents."""
-        assert isinstance(self.model, SegmentationNetwork)
-        with torch.no_grad(), self.autocast():
-            features = self.model.input.from_base(received)
-        return feature_picture(features[0].float().cpu(), HEAD_STRIDE)[:, :height, :width]
 
     def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
         """A colour for each class, and a legend."""
