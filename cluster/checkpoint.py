@@ -1,14 +1,13 @@
-"""Checkpoints on disk: complete or absent, verified before use.
+"""Checkpoints of a run: complete or absent, verified before use, written beside the training.
 
-    checkpoints/
+    checkpoints/                or s3://bucket/run/checkpoints
       step_00000200/
-        state.pt          tensors and plain values, read back with weights_only
-        manifest.json     {"version", "step", "files": {"state.pt": {"bytes", "sha256"}}}
-      .step_00000400.4711 being written; renamed when whole, removed when found again
+        state.pt                tensors and plain values, read back with weights_only
+        manifest.json           {"version", "step", "score", "files": {"state.pt": {"bytes", "sha256"}}}
 
-The manifest is written last inside the temporary folder, and the folder renamed after an fsync: what carries a
-final name was complete. Damage that comes later is found by size and sha256, named, and passed over. The digest is
-taken of the bytes on their way to the disk, so a checkpoint is neither read back nor held in memory twice.
+What carries a final name, or has a manifest in a store, was complete. Damage that comes later is found by size and
+sha256, named, and passed over. The digest is taken of the bytes on their way to the disk, so a checkpoint is not read
+back. `save_soon` copies the state and returns; a thread writes it.
 
 One process writes to a folder (rank 0); any number may read.
 """
@@ -19,100 +18,160 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from cluster.checkpoint_folders import MANIFEST, STATE, Signature, StoreFolder, open_folder, step_name
 from cluster.errors import CheckpointError
 
 VERSION = 1
-STATE, MANIFEST = "state.pt", "manifest.json"
-NAME = re.compile(r"step_(\d{8,})")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PLAIN = (torch.Tensor, torch.Size, torch.dtype, torch.device, str, bytes, bool, int, float, complex, type(None))
 
-Signature = tuple[tuple[int, int, int], ...] | None  # inode, size and time of the files; None: one is missing
-
 logger = logging.getLogger(__name__)
+
+
+class Kept(Protocol):
+    """Options of a run that say where its checkpoints lie and which of them are kept."""
+
+    @property
+    def checkpoints(self) -> str | None:
+        """A folder or URL; None: in the run folder."""
+
+    @property
+    def keep_checkpoints(self) -> int:
+        """How many of the newest."""
+
+    @property
+    def keep_every(self) -> int:
+        """Besides, one in so many steps; 0: none."""
+
+    @property
+    def keep_best(self) -> bool:
+        """Besides, the one with the highest score."""
+
+
+def open_checkpoints(options: Kept, run: Path | str, on_saved: Callable[[int], None] | None = None) -> CheckpointStore:
+    """The checkpoints of the run in folder `run`: in it, or where its options say."""
+    return CheckpointStore(
+        options.checkpoints or Path(run) / "checkpoints",
+        keep=options.keep_checkpoints,
+        keep_every=options.keep_every,
+        keep_best=options.keep_best,
+        on_saved=on_saved,
+    )
 
 
 class CheckpointStore:
     """Checkpoints of one run.
 
     Args:
-        folder: where they lie; made when the first is saved.
+        folder: where they lie, a path or a URL that fsspec knows; made when the first is saved.
         keep: how many of the newest to keep, at least 1.
-        on_broken: called with the folder and the fault of a checkpoint that `newest` passes over; a warning in the
-            log unless given.
+        keep_every: besides, one in so many steps; 0: none.
+        keep_best: besides, the one with the highest score.
+        on_broken: called with the name and the fault of a checkpoint that `newest` passes over; a warning in the log
+            unless given.
+        on_saved: called with the step of a checkpoint that has become complete, by the thread that wrote it.
     """
 
     def __init__(
-        self, folder: Path | str, *, keep: int = 3, on_broken: Callable[[Path, str], None] | None = None
+        self,
+        folder: Path | str,
+        *,
+        keep: int = 3,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        on_broken: Callable[[str, str], None] | None = None,
+        on_saved: Callable[[int], None] | None = None,
     ) -> None:
         if keep < 1:
             raise CheckpointError(f"{folder}: keep={keep} checkpoints; keep at least 1")
-        self.folder, self.keep = Path(folder), keep
-        self.on_broken = on_broken or _warn
-        self._verdicts: dict[Path, tuple[Signature, str | None]] = {}  # folder -> its files when read, the fault
+        self.where = folder if isinstance(folder, str) else str(folder)
+        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
+        self.on_broken, self.on_saved = on_broken or _warn, on_saved
+        try:
+            self.folder = open_folder(folder)
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(
+                f"checkpoints={folder} cannot be opened ({_reason(error)}); use a folder, or install what is missing: "
+                "pip install 'dicm[s3]' for s3://"
+            ) from error
+        self._verdicts: dict[int, tuple[Signature, str | None]] = {}  # step -> its files when read, the fault
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step`, drop the oldest beyond `keep`, and return its folder.
+    def save(self, step: int, state: dict[str, Any], score: float | None = None) -> str:
+        """Write the checkpoint of `step`, drop those that are not to be kept, and return its name.
 
         Args:
             state: nested dicts, lists and tuples of tensors and plain values; anything else is a TypeError now,
                 because weights_only would refuse it when it is needed.
+            score: how good the model is, the higher the better, where that is known.
 
         Raises:
             CheckpointError: the disk is full or refuses; earlier checkpoints are as they were.
         """
+        self.wait()
         _refuse_foreign(state, "state")
-        final = self._path(step)
-        temporary = self.folder / f".{final.name}.{os.getpid()}"
-        try:
-            self._remove_leftovers()
-            temporary.mkdir(parents=True)
-            manifest = {"version": VERSION, "step": step, "files": {STATE: _write_state(temporary / STATE, state)}}
-            _write(temporary / MANIFEST, json.dumps(manifest).encode())
-            _sync_folder(temporary)
-            if final.exists():
-                # Out of the way by a rename, which is short: only between the two is the step absent.
-                os.replace(final, self.folder / f".{final.name}.replaced")
-            os.replace(temporary, final)
-            _sync_folder(self.folder)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            remedy = "free some space" if error.errno in FULL else "make the folder writable"
-            raise CheckpointError(
-                f"{self.folder}: the checkpoint of step {step} could not be written ({error.strerror or error}); "
-                f"earlier ones are whole; {remedy} and run the same command again"
-            ) from error
-        self._verdicts[final] = (_signature(final), None)
-        self._remove_leftovers()
-        self._drop_older_than(step)
-        return final
+        self._write(step, state, score)
+        return self._name(step)
+
+    def save_soon(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Copy `state` and let a thread `save` it; an error is raised by the next call or by `wait`."""
+        self.wait()
+        _refuse_foreign(state, "state")
+        copy = _copy(state)
+
+        def write() -> None:
+            try:
+                self._write(step, copy, score)
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name=f"checkpoint {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what `save_soon` took is complete (CheckpointError: it could not be written)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def note_score(self, step: int, score: float) -> None:
+        """Note how good a checkpoint turned out to be, for `keep_best`; nothing where there is none of that step."""
+        self.wait()
+        if step in self.steps():
+            manifest = self._manifest(step)
+            manifest["score"] = score
+            with self._writing(step):
+                self.folder.rewrite_manifest(step, json.dumps(manifest).encode())
+            self._verdicts[step] = (self.folder.signature(step), None)
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint whose files have the sizes of its manifest, ascending."""
-        return [step for step in self._found() if _fault(self._path(step), hashes=False) is None]
+        return [step for step in self._found() if self._fault(step, hashes=False) is None]
 
     def newest(self) -> int | None:
         """The newest step whose checkpoint is whole, bit for bit; broken ones are named, once, and passed over.
 
-        What this store wrote or read itself is not read again while size, time and inode are the same.
+        What this store wrote or read itself is not read again while its files are the same.
         """
         for step in reversed(self._found()):
-            folder = self._path(step)
-            known = self._verdicts.get(folder)
-            if (fault := self._verify(folder)) is None:
+            known = self._verdicts.get(step)
+            if (fault := self._verify(step)) is None:
                 return step
-            if self._verdicts[folder] != known:
-                self.on_broken(folder, fault)
+            if self._verdicts[step] != known:
+                self.on_broken(self._name(step), fault)
         return None
 
     def load(self, step: int, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -121,140 +180,134 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, it is damaged, or it holds what `save` never writes.
         """
-        folder = self._path(step)
-        if not folder.is_dir():
+        name = self._name(step)
+        if step not in self._found():
             there = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
-        if (fault := self._verify(folder)) is not None:
-            raise CheckpointError(f"{folder}: {fault}; remove it to go on from an earlier one")
+            raise CheckpointError(f"{self.where}: no checkpoint of step {step}; there are: {there}")
+        if (fault := self._verify(step)) is not None:
+            raise CheckpointError(f"{name}: {fault}; remove it to go on from an earlier one")
         try:
-            state = torch.load(folder / STATE, map_location=map_location, weights_only=True)
+            with self.folder.read(step, STATE) as file:
+                state = torch.load(file, map_location=map_location, weights_only=True)
         except Exception as error:  # unpickling what others wrote raises anything
             raise CheckpointError(
-                f"{folder / STATE}: holds something other than tensors and plain values ({_reason(error)}); it was "
-                f"not written by this program; remove {folder}"
+                f"{name}/{STATE}: holds something other than tensors and plain values ({_reason(error)}); it was "
+                f"not written by this program; remove {name}"
             ) from error
+        finally:
+            if isinstance(self.folder, StoreFolder):
+                self.folder.forget()
         if not isinstance(state, dict):
-            raise CheckpointError(f"{folder / STATE}: holds a {type(state).__name__}, no checkpoint; remove {folder}")
+            raise CheckpointError(f"{name}/{STATE}: holds a {type(state).__name__}, no checkpoint; remove {name}")
         return state
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}"
+    def _write(self, step: int, state: dict[str, Any], score: float | None) -> None:
+        def manifest_of(size: int, sha256: str) -> bytes:
+            files = {STATE: {"bytes": size, "sha256": sha256}}
+            return json.dumps({"version": VERSION, "step": step, "score": score, "files": files}).encode()
+
+        with self._writing(step):
+            self.folder.write(step, lambda file: torch.save(state, file), manifest_of)
+        self._verdicts[step] = (self.folder.signature(step), None)
+        if self.on_saved is not None:
+            self.on_saved(step)
+        self._drop(step)
+
+    def _writing(self, step: int) -> _Writing:
+        return _Writing(f"{self.where}: the checkpoint of step {step} could not be written")
 
     def _found(self) -> list[int]:
-        paths = self.folder.iterdir() if self.folder.is_dir() else []
-        return sorted(int(match[1]) for path in paths if (match := NAME.fullmatch(path.name)))
+        try:
+            return self.folder.steps()
+        except Exception as error:  # the stores' libraries share no class of their own
+            raise CheckpointError(
+                f"{self.where}: cannot be read ({_reason(error)}); check the address, the credentials and the network"
+            ) from error
 
-    def _verify(self, folder: Path) -> str | None:
-        signature = _signature(folder)
-        known = self._verdicts.get(folder)
+    def _manifest(self, step: int) -> dict[str, Any]:
+        with self.folder.read(step, MANIFEST) as file:
+            manifest: dict[str, Any] = json.loads(file.read())
+        return manifest
+
+    def _verify(self, step: int) -> str | None:
+        signature = self.folder.signature(step)
+        known = self._verdicts.get(step)
         if known is None or known[0] != signature:
-            self._verdicts[folder] = known = (signature, _fault(folder, hashes=True))
+            self._verdicts[step] = known = (signature, self._fault(step, hashes=True))
         return known[1]
 
-    def _drop_older_than(self, newest: int) -> None:
-        """Keep `keep` checkpoints up to the one just saved; a broken one takes no other's place."""
-        before = [step for step in self._found() if step < newest]
-        whole = [step for step in before if _fault(self._path(step), hashes=False) is None]
-        kept = whole[-(self.keep - 1) :] if self.keep > 1 else []
-        for step in set(before) - set(kept):
-            self._verdicts.pop(self._path(step), None)
-            shutil.rmtree(self._path(step), ignore_errors=True)
-
-    def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(".step_*") if self.folder.is_dir() else []:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-class _HashedFile:
-    """A file to write to once, front to back; keeps size, sha256, and the error that the disk gave."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-        self.bytes, self.digest = 0, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
+    def _fault(self, step: int, hashes: bool) -> str | None:
+        """What is wrong with a checkpoint, or None; `hashes` also compares contents."""
+        file = MANIFEST
         try:
-            self.file.write(data)
+            manifest = self._manifest(step)
+            if manifest["version"] != VERSION:
+                return f"has version {manifest['version']}, this program reads {VERSION}"
+            for file, expected in manifest["files"].items():
+                size = self.folder.size(step, file)
+                if size != expected["bytes"]:
+                    return f"{file} has {size} bytes instead of {expected['bytes']}"
+                if hashes:
+                    with self.folder.read(step, file) as content:
+                        if hashlib.file_digest(content, "sha256").hexdigest() != expected["sha256"]:  # type: ignore[arg-type]
+                            return f"{file} is damaged (its sha256 is not that of the manifest)"
+            if STATE not in manifest["files"]:
+                return f"its manifest does not list {STATE}"
         except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(data)
-        size = memoryview(data).nbytes
-        self.bytes += size
-        return size
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        try:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        finally:
-            self.file.close()
-
-
-def _write_state(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    file = _HashedFile(path)
-    try:
-        torch.save(state, file)  # type: ignore[arg-type]
-    except Exception:
-        # torch's zip writer turns the disk's refusal into an error of its own; the disk's is the one to tell.
-        if file.error is not None:
-            raise file.error from None
-        raise
-    finally:
-        file.close()
-    return {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _signature(folder: Path) -> Signature:
-    try:
-        stats = [(folder / name).stat() for name in (STATE, MANIFEST)]
-    except OSError:
+            return f"{file} cannot be read ({error.strerror or _reason(error)})"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{MANIFEST} is damaged"
         return None
-    return tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
+
+    def _drop(self, newest: int) -> None:
+        """Keep what is to be kept of the checkpoints up to the one just saved; a broken one takes no other's place."""
+        before = [step for step in self._found() if step < newest]
+        whole = [step for step in before if self._fault(step, hashes=False) is None]
+        kept = set(whole[-(self.keep - 1) :] if self.keep > 1 else [])
+        if self.keep_every:
+            first_of = {step // self.keep_every: step for step in reversed(whole)}
+            kept |= set(first_of.values())
+        if self.keep_best:
+            scores = {step: self._manifest(step).get("score") for step in [*whole, newest]}
+            scores = {step: score for step, score in scores.items() if score is not None}
+            kept |= {max(scores, key=lambda step: (scores[step], step))} if scores else set()
+        for step in set(before) - kept:
+            self._verdicts.pop(step, None)
+            self.folder.remove(step)
+
+    def _name(self, step: int) -> str:
+        return f"{self.where.rstrip('/')}/{step_name(step)}"
 
 
-def _fault(folder: Path, hashes: bool) -> str | None:
-    """What is wrong with a checkpoint, or None; `hashes` also compares contents."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["version"] != VERSION:
-            return f"has version {manifest['version']}, this program reads {VERSION}"
-        for name, expected in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if hashes:
-                with (folder / name).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                        return f"{name} is damaged (its sha256 is not that of the manifest)"
-        if STATE not in manifest["files"]:
-            return f"its manifest does not list {STATE}"
-    except OSError as error:
-        name = Path(error.filename).name if error.filename else folder.name
-        return f"{name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    return None
+class _Writing:
+    """Turns what a disk or a store says while it is written to into one line."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        """Nothing to do."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, TypeError):
+            return
+        full = isinstance(error, OSError) and error.errno in FULL
+        reason = (isinstance(error, OSError) and error.strerror) or _reason(error)
+        remedy = "free some space" if full else "see that it can be written to"
+        raise CheckpointError(
+            f"{self.what} ({reason}); earlier ones are whole; {remedy} and run the same command again"
+        ) from error
+
+
+def _copy(value: Any) -> Any:
+    """`value` with its tensors copied to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return type(value)((key, _copy(item)) for key, item in value.items())
+    if type(value) in (list, tuple, set):
+        return type(value)(_copy(item) for item in value)
+    return value
 
 
 def _refuse_foreign(value: Any, where: str) -> None:
@@ -277,5 +330,5 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _warn(folder: Path, fault: str) -> None:
-    logger.warning("checkpoint %s: %s; passed over", folder, fault)
+def _warn(name: str, fault: str) -> None:
+    logger.warning("checkpoint %s: %s; passed over", name, fault)

@@ -19,6 +19,14 @@ class CheckpointError(RunError):
     """A checkpoint that cannot be written or read: one line with the folder and the remedy."""
 
 
+class Restart(Exception):  # noqa: N818  # no error: how a worker ends that is to start anew
+    """Raised in a worker that has saved and ends, so that a group of another size can start."""
+
+
+class PeerLost(RuntimeError):  # noqa: N818  # not this worker's own error
+    """Raised in a worker whose collective failed because another worker, or a device, is gone."""
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether `error` was written for the user (its class stands in one of our packages), or is a bug."""
     return type(error).__module__.partition(".")[0] in OUR_PACKAGES

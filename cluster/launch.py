@@ -1,7 +1,8 @@
 """Launching workers with Ray Train, on the cluster that RAY_ADDRESS names or on an embedded Ray.
 
-The training function writes its own checkpoints to the run folder and finds the newest complete one itself, so Ray is
-told only to start workers, to connect them, and to say when one is lost. An embedded Ray lives as long as the call.
+The training function writes its own checkpoints and finds the newest complete one itself, so Ray is told only to start
+workers, to connect them, and to start them again: when one is lost, when a node is about to go, when there is room for
+more. What the controller decides is in `cluster.policies`. An embedded Ray lives as long as the call.
 """
 
 from __future__ import annotations
@@ -20,15 +21,23 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-# Read by Ray when it is imported or started.
+# Read by Ray, in this process, the controller or the workers, when it is imported or started.
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # A failure, or the end, is noticed that much later; a poll of a worker costs a millisecond.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A start that counts on a node which died meanwhile is given up after that time and tried on the others. It covers
+    # the reservation of places alone, which takes less than a second where the nodes are up.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # Workers of a failed group are killed in any case; the default waits half a minute for them to take leave of each
+    # other, which those that wait for a dead one never do.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+    # Drain notices are ours to answer: Ray's watcher lets the workers run to the deadline and then loses their steps.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a failure or the end is noticed that much later
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean in the driver
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # of workers that wait for one that has failed
 }
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)  # what the user has set stays
@@ -39,9 +48,13 @@ import torch  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
-from cluster.errors import RunError, is_ours, portable  # noqa: E402
-from cluster.ray_runtime import STOP, MessageHandler, MessageReader, RayRuntime  # noqa: E402
-from cluster.runtime import Runtime, on_sigterm, threads_per_worker  # noqa: E402
+from cluster.errors import PeerLost, Restart, RunError, is_ours, portable  # noqa: E402
+from cluster.exchange import Exchange, MessageHandler, MessageReader  # noqa: E402
+from cluster.failures import cause_of, is_peer_lost  # noqa: E402
+from cluster.options import ClusterConfig  # noqa: E402
+from cluster.policies import LiveNodesPolicy, RecoveryPolicy  # noqa: E402
+from cluster.ray_runtime import RayRuntime  # noqa: E402
+from cluster.runtime import Notice, Runtime, on_sigterm, threads_per_worker  # noqa: E402
 
 C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
@@ -51,45 +64,69 @@ CONNECT_SECONDS = 10.0
 logger = logging.getLogger(__name__)
 
 
-def launch(function: Callable[[Runtime, C], None], config: C, *, workers: int, run_dir: str) -> None:
-    """Run `function(runtime, config)` on `workers` Ray Train workers; see `cluster.runtime.run`.
+def launch(
+    function: Callable[[Runtime, C], None],
+    config: C,
+    *,
+    workers: int | tuple[int, int],
+    run_dir: str,
+    options: ClusterConfig | None = None,
+) -> None:
+    """Run `function(runtime, config)` on Ray Train workers; see `cluster.runtime.run`.
 
-    Each has a CPU, and a GPU where there are any: its own, or a share of one where workers outnumber them. Workers
-    have the driver's working directory and import path.
+    A function that loses a worker, or whose nodes change, is started again on all workers; it goes on from its newest
+    checkpoint. Workers have the driver's working directory and import path.
+
+    Args:
+        workers: how many; or (least, most): as many as the nodes have room for at any time.
 
     Raises:
-        RunError: workers could not be started, or one failed. An error of our own packages comes back as raised,
-            any other as a RuntimeError with the worker's traceback.
+        RunError: workers could not be started, or were lost too often. An error of our own packages comes back as
+            raised, any other as a RuntimeError with the worker's traceback.
     """
-    with _connected_ray(workers), _exchange_folder(Path(run_dir).absolute()) as exchange:
-        scaling, backend = _resources(workers)
-        trainer = TorchTrainer(
+    options = options or ClusterConfig()
+    least, most = (workers, workers) if isinstance(workers, int) else workers
+    with _connected_ray(most * options.cpus_per_worker), _exchange_folder(Path(run_dir).absolute()) as exchange:
+        scaling, backend = _resources(least, most, options)
+        trainer = _Trainer(
             _worker,
             train_loop_config={
                 "function": function,
                 "config": config,
                 "exchange": exchange,
                 "directory": Path.cwd(),
-                "threads": threads_per_worker(workers),
             },
             torch_config=TorchConfig(backend=backend),
             scaling_config=scaling,
             run_config=RunConfig(
-                name=exchange.name,  # a name used before would make Ray resume that run
-                storage_path=str(exchange.parent),
-                failure_config=FailureConfig(max_failures=0),
+                name=exchange.folder.name,  # a name used before would make Ray resume that run
+                storage_path=str(exchange.folder.parent),
+                failure_config=FailureConfig(max_failures=options.max_failures),
             ),
         )
-        with on_sigterm((exchange / STOP).touch), _messages_shown(exchange):
-            _fit(trainer, run_dir)
+        trainer.policies = {
+            "scaling_policy": LiveNodesPolicy(scaling, exchange, autoscaled=bool(os.environ.get("RAY_ADDRESS"))),
+            "failure_policy": RecoveryPolicy(exchange, options.max_failures),
+        }
+        with on_sigterm(exchange.ask_to_stop), _messages_shown(exchange):
+            _fit(trainer, run_dir, exchange)
 
 
-def _fit(trainer: TorchTrainer, run_dir: str) -> None:
+class _Trainer(TorchTrainer):
+    """TorchTrainer under our policies; Ray Train chooses its own where the controller is made."""
+
+    policies: dict[str, Any]
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        return super()._initialize_and_run_controller(**(options | self.policies))
+
+
+def _fit(trainer: TorchTrainer, run_dir: str, exchange: Exchange) -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _cause(error, run_dir) from None
+        raise _told(error, run_dir, exchange) from None
     except SystemExit:
         raise KeyboardInterrupt from None  # Ray Train's answer to Ctrl-C, after it has ended its workers
     finally:
@@ -103,60 +140,68 @@ def _worker(options: dict[str, Any]) -> None:
     if not directory.is_dir():
         raise RunError(f"{directory}: the working directory does not exist on every node; use storage that they share")
     os.chdir(directory)
-    runtime = RayRuntime(options["exchange"])
+    exchange: Exchange = options["exchange"]
+    if not exchange.folder.is_dir():
+        raise RunError(
+            f"{exchange.run}: the run folder is not there on node {ray.util.get_node_ip_address()}; "
+            "name one on storage that all nodes share, run=DIR"
+        )
+    runtime = RayRuntime(exchange)
     if runtime.device.type == "cpu":
-        torch.set_num_threads(options["threads"])
-    logging.getLogger().addHandler(MessageHandler(options["exchange"], runtime.rank))
+        torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
+    logging.getLogger().addHandler(MessageHandler(exchange, str(runtime.rank)))
     try:
         options["function"](runtime, options["config"])
     except Exception as error:
         if is_ours(error):
             raise portable(error) from None
+        if is_peer_lost(error):
+            raise PeerLost(str(error)) from None
         raise
+    if runtime.notice == Notice.RESTART:
+        raise Restart("asked to")
 
 
-def _cause(error: Exception, run_dir: str) -> Exception:
+def _told(error: Exception, run_dir: str, exchange: Exchange) -> Exception:
     """What to raise in the driver: our own error, a lost worker, or the first worker's traceback."""
-    failures: dict[int, Exception] = dict(sorted(getattr(error, "worker_failures", {}).items()))
-    for failure in failures.values():
-        if is_ours(failure):
-            return failure
     again = "run the same command again to go on from the newest checkpoint"
-    for rank, failure in failures.items():
-        if type(failure).__module__.partition(".")[0] == "ray":  # of the process, not of what ran in it
-            return RunError(f"run={run_dir}: worker {rank} was lost ({_reason(failure)}); {again}")
-    if failures:
-        return RuntimeError(f"worker {next(iter(failures))} failed:\n\n{error}")
-    return RunError(f"run={run_dir}: Ray Train could not go on ({_reason(error)}); {again}")
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    if not failures:
+        return RunError(f"run={run_dir}: Ray Train could not go on ({_last_line(error)}); {again}")
+    cause = cause_of(failures)
+    if cause.kind == "bug":
+        return RuntimeError(f"worker {cause.rank} failed:\n\n{error}")
+    if cause.kind == "told" and cause.error is not None:
+        return cause.error
+    who = "a worker" if cause.rank is None else exchange.place_of(cause.rank)
+    if "memory ran out" in cause.reason:
+        again = f"lower micro_batch or batch_size, or give a worker more memory; {again}"
+    return RunError(f"run={run_dir}: {who} was lost ({cause.reason}); {again}")
 
 
-def _reason(error: BaseException) -> str:
-    """The shortest account of why an actor died, out of Ray's page about it."""
-    text = str(error)
-    if "OutOfMemory" in text or "running low on memory" in text:
-        return "memory ran out"
-    if "SIGKILL" in text or "connection error code 2" in text:
-        return "its process was killed, as the system does when memory runs out"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _resources(workers: int) -> tuple[ScalingConfig, str]:
+def _resources(least: int, most: int, options: ClusterConfig) -> tuple[ScalingConfig, str]:
     """What each worker gets of the connected Ray, and torch.distributed's backends for it."""
     there = ray.cluster_resources()
-    cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-    if cpus < workers:
-        logger.warning("workers=%d: the cluster has %d CPUs; waiting for it to grow", workers, cpus)
-    each: dict[str, float] = {"CPU": 1}
-    if gpus:
-        each["GPU"] = 1 / math.ceil(workers / gpus)
+    gpus = int(there.get("GPU", 0))
+    use_gpu = options.accelerator == "gpu" or (options.accelerator == "auto" and gpus > 0)
+    each: dict[str, float] = {"CPU": options.cpus_per_worker}
+    shared = use_gpu and least == most and 0 < gpus < most and options.accelerator == "auto"
+    if use_gpu:
+        each["GPU"] = 1 / math.ceil(most / gpus) if shared else 1
     # NCCL refuses two ranks on one GPU. Numbers on the CPU always go through gloo.
-    backend = "cpu:gloo,cuda:nccl" if gpus >= workers else "gloo"
-    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=each), backend
+    backend = "cpu:gloo,cuda:nccl" if use_gpu and not shared else "gloo"
+    scaling = ScalingConfig(
+        num_workers=(least, most),
+        use_gpu=use_gpu,
+        resources_per_worker=each,
+        placement_strategy=options.placement.upper(),
+        elastic_resize_monitor_interval_s=options.resize_seconds,
+    )
+    return scaling, backend
 
 
 @contextmanager
-def _connected_ray(workers: int) -> Iterator[None]:
+def _connected_ray(num_cpus: int) -> Iterator[None]:
     """A Ray to work on: the one this process is connected to, that of RAY_ADDRESS, or one of our own."""
     if ray.is_initialized():
         yield
@@ -170,14 +215,12 @@ def _connected_ray(workers: int) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address:
-            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": _import_path()}}, **quiet)
+            ray.init(address, runtime_env={"env_vars": _settings() | {"PYTHONPATH": _import_path()}}, **quiet)
         else:
-            # No one drains a Ray that ends with this call; the watcher would be one more process to start.
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             with _environment("PYTHONPATH", _import_path()):
                 ray.init(
                     "local",
-                    num_cpus=max(workers, os.cpu_count() or 1),
+                    num_cpus=max(num_cpus, os.cpu_count() or 1),
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     **quiet,
@@ -212,23 +255,23 @@ def _no_cluster(address: str, error: Exception) -> RunError:
 
 
 @contextmanager
-def _exchange_folder(run: Path) -> Iterator[Path]:
+def _exchange_folder(run: Path) -> Iterator[Exchange]:
     """A fresh folder RUN/ray/NAME that workers share with the driver, removed at the end."""
-    exchange = run / "ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = run / "ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     try:
-        exchange.mkdir(parents=True)
+        folder.mkdir(parents=True)
     except OSError as error:
         raise RunError(f"run={run}: cannot be written ({error.strerror}); name a folder that can") from error
     try:
-        yield exchange
+        yield Exchange(folder)
     finally:
-        shutil.rmtree(exchange, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
-            exchange.parent.rmdir()
+            folder.parent.rmdir()
 
 
 @contextmanager
-def _messages_shown(exchange: Path) -> Iterator[None]:
+def _messages_shown(exchange: Exchange) -> Iterator[None]:
     """Show the workers' warnings in this process while the block lasts."""
     reader, ended = MessageReader(exchange), threading.Event()
 
@@ -268,3 +311,13 @@ def _import_path() -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _settings() -> dict[str, str]:
+    """The settings above as this process has them: a cluster's own processes were started without them."""
+    return {name: os.environ[name] for name in DEFAULTS}
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

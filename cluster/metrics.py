@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster.errors import RunError
 from cluster.files import write_whole
+from cluster.runtime import Runtime
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 15.0  # between lines where the output is no terminal
@@ -37,15 +38,24 @@ class MetricsLogger:
     """Appends rows to RUN/metrics.jsonl and RUN/tensorboard; silent on ranks other than 0.
 
     Rows after `step`, left by a run that was killed past its last checkpoint, and a torn last line are dropped, so
-    that a resumed run continues one clean record. RunError where the disk refuses.
+    that a resumed run continues one clean record; what happened to the run itself stays. RunError where the disk
+    refuses.
 
     Args:
         run: run folder, made if it is missing.
         step: of the checkpoint from which the run goes on; 0 for a new one.
+        publish: takes the finite numbers of each row, too.
     """
 
-    def __init__(self, run: Path | str, *, rank: int = 0, step: int = 0) -> None:
-        self.enabled = rank == 0
+    def __init__(
+        self,
+        run: Path | str,
+        *,
+        rank: int = 0,
+        step: int = 0,
+        publish: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:
+        self.enabled, self.publish = rank == 0, publish
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # half a second that other ranks need not spend
@@ -53,7 +63,7 @@ class MetricsLogger:
         self.run = Path(run)
         path = self.run / METRICS
         with self._writing():
-            rows = [row for row in read_rows(path) if row["step"] <= step]
+            rows = [row for row in read_rows(path) if row["step"] <= step or "event" in row]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = path.open("a")
             self._writer = SummaryWriter(self.run / "tensorboard", purge_step=step + 1)
@@ -70,6 +80,8 @@ class MetricsLogger:
             for key in values.keys() & finite.keys():
                 if isinstance(value := values[key], int | float):
                     self._writer.add_scalar(key, value, step)
+        if self.publish is not None:
+            self.publish({key: value for key, value in finite.items() if isinstance(value, int | float)})
 
     def image(self, tag: str, step: int, image: torch.Tensor) -> None:
         """A picture (3, H, W) uint8 for TensorBoard."""
@@ -101,6 +113,66 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open(errors="replace") as file:
         return [row for line in file if (row := _parse(line)) is not None]
+
+
+class StepMeter:
+    """Speed of training, and what it waited for, since the last reading; times in seconds.
+
+    Args:
+        world: number of workers.
+        device: of this one; a GPU's memory is read, too.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.world, self.device = runtime.world, runtime.device
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted; called after work that is not training."""
+        self.start = self.mark = time.perf_counter()
+        self.waited, self.saving, self.samples, self.steps = 0.0, 0.0, 0, 0
+
+    def data_arrived(self) -> None:
+        """A batch was handed over."""
+        self.waited += time.perf_counter() - self.mark
+
+    def step_done(self, num_samples: int) -> None:
+        """A step over `num_samples` images of all ranks ended."""
+        self.samples += num_samples
+        self.steps += 1
+        self.mark = time.perf_counter()
+
+    def saved(self) -> None:
+        """A checkpoint was handed over, which the time since the last step was spent on."""
+        self.saving += time.perf_counter() - self.mark
+        self.mark = time.perf_counter()
+
+    def rates(self) -> dict[str, float]:
+        """Images a second, seconds a step, and shares of time spent on waiting for data and on saving; starts anew."""
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        rates = {
+            "world": self.world,
+            "images_per_second": self.samples / elapsed,
+            "images_per_second_per_worker": self.samples / elapsed / self.world,
+            "step_seconds": elapsed / max(self.steps, 1),
+            "data_wait": self.waited / elapsed,
+            "save_wait": self.saving / elapsed,
+        }
+        if self.device.type == "cuda":
+            rates["gpu_memory"] = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.restart()
+        return rates
+
+
+def log_recovery(logger: MetricsLogger, runtime: Runtime, step: int) -> None:
+    """A row on why this group of workers took over from another, after its first step; nothing where none did.
+
+    `seconds` lie between the moment when the controller noticed and this one, by the clocks of the two nodes.
+    """
+    if (cause := runtime.interruption) is not None:
+        seconds = round(time.time() - cause.time, 2)
+        logger.log(step, {"event": cause.event, "reason": cause.reason, "world": runtime.world, "seconds": seconds})
 
 
 class ProgressFollower:

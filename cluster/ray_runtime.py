@@ -1,83 +1,85 @@
-"""The `Runtime` of a Ray Train worker, and what crosses between driver and workers besides.
-
-    RUN/ray/20260131-120000-4711/    for as long as the run is up
-      stop                           made by the driver: workers stop after their step
-      messages_<rank>.jsonl          warnings of our packages, which the driver shows
-
-Files in the run folder, because workers see it in any case and a Ray worker gets no signals: its training function
-runs in a thread.
-"""
+"""The `Runtime` of a Ray Train worker."""
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
+from ray.util.metrics import Counter, Gauge, Metric
 
-from cluster.errors import OUR_PACKAGES
-from cluster.runtime import Runtime
+from cluster.exchange import Exchange
+from cluster.runtime import Interruption, Notice, Runtime
 
-STOP = "stop"
-MESSAGES = "messages_*.jsonl"
-STOP_POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5
+# Key of a row of metrics.jsonl -> name and meaning of the metric that Ray exports to Prometheus, as ray_<name>.
+GAUGES = {
+    "step": ("dicm_step", "Optimizer steps of the run."),
+    "loss": ("dicm_loss", "Training loss."),
+    "bpp": ("dicm_bpp", "Estimated bits per pixel."),
+    "images_per_second": ("dicm_images_per_second", "Training images a second, all workers."),
+    "images_per_second_per_worker": ("dicm_images_per_second_per_worker", "Training images a second of a worker."),
+    "step_seconds": ("dicm_step_seconds", "Seconds of a step."),
+    "data_wait": ("dicm_data_wait", "Share of time spent waiting for data, 0 to 1."),
+    "world": ("dicm_world", "Number of workers."),
+    "lr": ("dicm_learning_rate", "Learning rate."),
+    "gpu_memory": ("dicm_gpu_memory_bytes", "Most memory that rank 0 had allocated on its GPU."),
+    "seconds": ("dicm_recovery_seconds", "Seconds from the notice of the last interruption to the next step."),
+}
+INTERRUPTIONS = {"lost": "recovered", "resized": "resized", "drained": "drained"}
 
 
 class RayRuntime(Runtime):
     """Rank, world and device as Ray Train assigned them; its process group is up when a worker starts."""
 
-    def __init__(self, exchange: Path) -> None:
+    def __init__(self, exchange: Exchange) -> None:
         context = ray.train.get_context()
         device = ray.train.torch.get_device()
         super().__init__(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device)
-        self._stop = exchange / STOP
-        self._asked, self._next_look = False, 0.0
-
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """Tell Ray Train; a barrier for all ranks."""
-        ray.train.report(dict(metrics))
-
-    def _asked_to_stop(self) -> bool:
-        if not self._asked and time.monotonic() >= self._next_look:
-            self._asked = self._stop.exists()
-            self._next_look = time.monotonic() + STOP_POLL_SECONDS
-        return self._asked
-
-
-class MessageHandler(logging.Handler):
-    """Writes the warnings of our packages where the driver finds them."""
-
-    def __init__(self, exchange: Path, rank: int) -> None:
-        super().__init__(logging.WARNING)
-        self.path = exchange / MESSAGES.replace("*", str(rank))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Append one line; a full disk must not end the training."""
-        if record.name.partition(".")[0] in OUR_PACKAGES:
-            try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps([record.name, record.levelno, record.getMessage()]) + "\n")
-            except OSError:
-                self.handleError(record)
-
-
-class MessageReader:
-    """Reads what the `MessageHandler`s of all ranks wrote, each message once."""
-
-    def __init__(self, exchange: Path) -> None:
+        self.place = f"rank {self.rank} on node {ray.util.get_node_ip_address()}"
         self.exchange = exchange
-        self._shown: set[str] = set()
+        self.interruption = _last_interruption(exchange)
+        self._told, self._next_look = Notice.NONE, 0.0
+        self._metrics: dict[str, Metric] = {}
 
-    def show(self) -> None:
-        """Log what is new, in this process."""
-        for path in self.exchange.glob(MESSAGES):
-            for line in path.read_text().splitlines(keepends=True):
-                if line.endswith("\n") and line not in self._shown:
-                    self._shown.add(line)
-                    name, level, message = json.loads(line)
-                    logging.getLogger(name).log(level, "%s", message)
+    def report_checkpoint(self, step: int) -> None:
+        """Note the step, which tells the controller that the run gets on."""
+        if self.rank == 0:
+            self.exchange.write_step(step)
+
+    def publish(self, values: Mapping[str, float]) -> None:
+        """Set Ray's gauges, which Prometheus reads from every node; rank 0 has the numbers."""
+        tags = {"run": self.exchange.run.name}
+        for key in values.keys() & GAUGES.keys():
+            gauge = self._metric(Gauge, *GAUGES[key])
+            gauge.set(values[key], tags)
+        if "seconds" in values:
+            counter = self._metric(Counter, "dicm_recoveries", "How often another group of workers took over.")
+            counter.inc(1, tags)
+
+    def _metric(self, kind: type[Metric], name: str, meaning: str) -> Any:
+        if name not in self._metrics:
+            self._metrics[name] = kind(name, meaning, tag_keys=("run",))
+        return self._metrics[name]
+
+    def _look_for_notice(self) -> Notice:
+        # Rank 0 alone looks: what one rank knows, all know after the collective, and the folder may be on a network.
+        if self.rank == 0 and self._told != Notice.STOP and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + POLL_SECONDS
+            if self.exchange.stop_asked:
+                self._told = Notice.STOP
+            elif self.exchange.restart_asked:
+                self._told = Notice.RESTART
+        return self._told
+
+
+def _last_interruption(exchange: Exchange) -> Interruption | None:
+    """What happened before the present group started: the first event after the start before it."""
+    last = None
+    for event in reversed(exchange.events()[:-1]):  # the last one is the present start
+        if event["event"] == "start":
+            break
+        last = event
+    return last and Interruption(INTERRUPTIONS[last["event"]], last["reason"], last["time"])

@@ -11,20 +11,39 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import IntEnum
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cluster.errors import RunError
+from cluster.options import ClusterConfig
 
 C = TypeVar("C")
 WorkerFunction = Callable[["Runtime", C], None]
 CPU = torch.device("cpu")
+
+
+class Notice(IntEnum):
+    """What workers are told; of several, the greatest holds."""
+
+    NONE = 0
+    RESTART = 1  # save and end: another group goes on
+    STOP = 2  # save and end
+
+
+class Interruption(NamedTuple):
+    """Why the last group of workers ended: `event` (recovered, resized, drained), a reason, the time it was noticed."""
+
+    event: str
+    reason: str
+    time: float
 
 
 class Runtime:
@@ -33,20 +52,28 @@ class Runtime:
     Attributes:
         rank, world: of all workers; local_rank: on this machine.
         device: where this worker computes.
+        place: rank and node, to be shown.
+        notice: what `should_stop` last said.
+        interruption: why the group before this one ended, where there was one.
     """
+
+    interruption: Interruption | None = None
+    notice = Notice.NONE
 
     def __init__(self, rank: int, world: int, local_rank: int, device: torch.device) -> None:
         self.rank, self.world, self.local_rank, self.device = rank, world, local_rank, device
+        self.place = f"rank {rank} on node {socket.gethostname()}"
 
     @property
     def should_stop(self) -> bool:
-        """True on every rank once any of them was told to stop; a collective where there are several ranks."""
-        asked = self._asked_to_stop()
-        if self.world == 1:
-            return asked
-        flag = torch.tensor(int(asked))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+        """True on every rank once any of them was told to save and end; a collective where there are several ranks."""
+        notice = self._look_for_notice()
+        if self.world > 1:
+            flag = torch.tensor(int(notice))
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            notice = Notice(int(flag.item()))
+        self.notice = notice
+        return notice != Notice.NONE
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """The mean over ranks of each value; every rank gives the same names in the same order."""
@@ -83,12 +110,15 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
 
-    def report(self, metrics: Mapping[str, Any]) -> None:
-        """Tell the launcher how far this worker is; a collective. Plain torch has no one to tell."""
+    def report_checkpoint(self, step: int) -> None:
+        """Tell the launcher that the checkpoint of `step` is complete. Plain torch has no one to tell."""
 
-    def _asked_to_stop(self) -> bool:
-        """Whether this rank was told to stop."""
-        return False
+    def publish(self, values: Mapping[str, float]) -> None:
+        """Show the present numbers of the run to whoever watches the cluster. Plain torch has no one to show them."""
+
+    def _look_for_notice(self) -> Notice:
+        """What this rank was told."""
+        return Notice.NONE
 
 
 class LocalRuntime(Runtime):
@@ -121,8 +151,8 @@ class LocalRuntime(Runtime):
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
 
-    def _asked_to_stop(self) -> bool:
-        return self._told.is_set()
+    def _look_for_notice(self) -> Notice:
+        return Notice.STOP if self._told.is_set() else Notice.NONE
 
 
 def device_of(local_rank: int) -> torch.device:
@@ -160,7 +190,15 @@ def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run(function: WorkerFunction[C], config: C, *, workers: int, launcher: str, run_dir: str) -> None:
+def run(
+    function: WorkerFunction[C],
+    config: C,
+    *,
+    workers: int,
+    launcher: str,
+    run_dir: str,
+    cluster: ClusterConfig | None = None,
+) -> None:
     """Run `function(runtime, config)` on `workers` workers and wait for them.
 
     SIGTERM makes `runtime.should_stop` true on every worker; `run` returns when they have returned. Ctrl-C ends them.
@@ -170,6 +208,7 @@ def run(function: WorkerFunction[C], config: C, *, workers: int, launcher: str, 
         launcher: "local" is plain torch: this process for one worker, spawned ones for several, or the processes
             that torchrun started, whose number then counts; "ray" is Ray Train.
         run_dir: folder of the run, on storage that all workers share.
+        cluster: how Ray spreads the workers, and what it does when one is lost.
 
     Raises:
         RunError: a worker died, or none could be started. An error of our own packages comes back as it was raised
@@ -180,7 +219,8 @@ def run(function: WorkerFunction[C], config: C, *, workers: int, launcher: str, 
     if launcher == "ray":
         from cluster.launch import launch
 
-        launch(function, config, workers=workers, run_dir=run_dir)
+        options = cluster or ClusterConfig()
+        launch(function, config, workers=options.workers(workers), run_dir=run_dir, options=options)
     elif launcher != "local":
         raise RunError(f"launcher={launcher}: there are local, ray")
     elif workers == 1 or under_torchrun():

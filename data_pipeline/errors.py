@@ -13,3 +13,5 @@ class SampleError(DataError):
 
 class StoreError(DataError):
     """A store that did not answer, or not whole, in all attempts; it may again later."""
+
+    transient = True  # a run on a cluster goes on after it

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 
 from omegaconf import MISSING
 
+from cluster.options import ClusterConfig
 from cluster.runtime import under_torchrun
 from downstream.errors import TaskError
 
@@ -46,6 +47,7 @@ class FinetuneConfig:
 
     workers: int = 1
     launcher: str = "ray"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     precision: str = "bf16"
     num_workers: int = 0
     cache: str = "none"  # or bitstreams: encode the training set once, then train from its streams
@@ -55,7 +57,10 @@ class FinetuneConfig:
     shard_cache_limit: float = 64.0  # GiB that they may take on a node
     log_every: int = 10
     checkpoint_every: int = 100
-    keep_checkpoints: int = 2
+    checkpoints: str | None = None  # where they are kept: a folder or URL (s3://); RUN/checkpoints if not given
+    keep_checkpoints: int = 2  # of the newest
+    keep_every: int = 0  # steps; besides the newest, one checkpoint in so many is kept
+    micro_batch: int | None = None  # most images that a worker has in memory; a greater share is cut into more parts
 
     def validate(self) -> None:
         """Refuse what cannot work, before any work starts (TaskError)."""
@@ -77,8 +82,11 @@ class FinetuneConfig:
         if self.seed >= 2**63:
             raise TaskError(f"seed={self.seed} is impossible; it must be below 2^63")
         self.at_least(1, "epochs", "batch_size", "workers", "log_every", "checkpoint_every", "keep_checkpoints")
+        self.cluster.validate(self.workers)
         self.at_least(1, "cache_views")
-        self.at_least(0, "num_workers", "seed", "weight_decay")
+        self.at_least(0, "num_workers", "seed", "weight_decay", "keep_every")
+        if self.micro_batch is not None:
+            self.at_least(1, "micro_batch")
         self.within(0.0, 1.0, "warmup")
         if self.shard_cache_limit <= 0:
             raise TaskError(f"shard_cache_limit={self.shard_cache_limit:g} is impossible; give the cache some GiB")
@@ -94,6 +102,11 @@ class FinetuneConfig:
             from downstream.evaluation.anchors import check_anchor
 
             check_anchor(self.anchor)
+
+    @property
+    def keep_best(self) -> bool:
+        """What a fine-tune is worth is measured at its end."""
+        return False
 
     def needs_codec(self) -> bool:
         """Whether features are those of an exported codec."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster import runtime as launcher
-from cluster.checkpoint import CheckpointStore
-from cluster.metrics import MetricsLogger, ProgressFollower
+from cluster.checkpoint import open_checkpoints
+from cluster.errors import CheckpointError
+from cluster.metrics import MetricsLogger, ProgressFollower, StepMeter, log_recovery
 from cluster.recipes import config_diff, load_config, load_saved, read_recipe, save_config
 from cluster.runtime import Runtime
 from data_pipeline.shards import Manifest
@@ -42,8 +44,8 @@ from downstream.tasks.task import Found, average_buffers
 
 RECIPES = Path(__file__).parent / "recipes"
 FREE_KEYS = {
-    "run", "workers", "launcher", "num_workers", "shard_cache", "shard_cache_limit", "log_every", "checkpoint_every",
-    "keep_checkpoints",
+    "run", "workers", "launcher", "cluster", "num_workers", "shard_cache", "shard_cache_limit", "log_every",
+    "checkpoint_every", "keep_checkpoints", "keep_every", "micro_batch",
 }  # fmt: skip
 ENCODING_LOG_SECONDS = 15.0
 FACTS = (
@@ -84,7 +86,14 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     save_config(config, folder / "config.yaml")
     write_inputs(folder, inputs)
     with ProgressFollower(folder, sum(config.stages(found.num_samples).values())):
-        launcher.run(finetune, Job(config, found), workers=config.workers, launcher=config.launcher, run_dir=config.run)
+        launcher.run(
+            finetune,
+            Job(config, found),
+            workers=config.workers,
+            launcher=config.launcher,
+            run_dir=config.run,
+            cluster=config.cluster,
+        )
     if not (folder / RESULTS).is_file():
         raise TaskError(f"run={folder} was stopped; the same command continues")
     return read_results(folder)
@@ -98,11 +107,11 @@ def check_earlier_run(config: FinetuneConfig, folder: Path, inputs: dict[str, st
     path = folder / "config.yaml"
     if folder.is_file():
         raise TaskError(f"run={folder} is a file; name a folder")
-    begun = (folder / RESULTS).is_file() or CheckpointStore(folder / "checkpoints").newest() is not None
+    begun = (folder / RESULTS).is_file() or open_checkpoints(config, folder).newest() is not None
     if not path.is_file() or not begun:
         return
     earlier = load_run(folder)
-    differences = [item for item in config_diff(earlier, config) if item.key not in FREE_KEYS]
+    differences = [item for item in config_diff(earlier, config) if item.key.partition(".")[0] not in FREE_KEYS]
     if differences:
         shown = "; ".join(f"{item.key}: {item.before} there, {item.after} here" for item in differences[:3])
         raise TaskError(f"run={folder} holds a run with other options ({shown}); use another run folder")
@@ -159,10 +168,11 @@ class Finetuner:
         self.left_out = found.left_out
         self.stages = stages_of(config.stages(found.num_samples))
         self.num_steps = self.stages[-1].end
-        self.store = CheckpointStore(Path(config.run) / "checkpoints", keep=config.keep_checkpoints)
+        self.store = open_checkpoints(config, config.run, on_saved=runtime.report_checkpoint)
         newest = runtime.broadcast(self.store.newest() if runtime.rank == 0 else None)
         self.step: int = newest or 0
-        self.logger = MetricsLogger(config.run, rank=runtime.rank, step=self.step)
+        self.logger = MetricsLogger(config.run, rank=runtime.rank, step=self.step, publish=runtime.publish)
+        self.meter, self.first_step = StepMeter(runtime), self.step
         self.started = time.perf_counter()
 
     @property
@@ -182,8 +192,11 @@ class Finetuner:
                 self.enter(stage)
                 if not self._train_network(stage):
                     return
+            self.store.wait()
             self._write_results(self.task.evaluate())
         finally:
+            with suppress(CheckpointError):  # `wait` above raises what matters
+                self.store.wait()
             self.logger.close()
 
     def enter(self, stage: Stage) -> None:
@@ -223,28 +236,28 @@ class Finetuner:
         batches = self.task.batches((self.step - stage.start) * global_batch)
         generator = torch.Generator(self.device)
         self.model.train()
-        start, images = time.perf_counter(), 0
+        self.meter.restart()
         for batch in itertools.islice(batches, stage.end - self.step):
+            self.meter.data_arrived()
             self._seed(generator)
             if self.scheduler is not None:
                 self.scheduler.step_update(self.step - stage.start)
-            with self.task.autocast():
-                loss, figures = self.task.loss(module, batch, generator)
-            loss.backward()
+            row = self._forward_backward(module, batch, generator)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-            images += global_batch
+            self.meter.step_done(global_batch)
+            if self.step == self.first_step + 1:
+                log_recovery(self.logger, runtime, self.step)
             if self.step % config.log_every == 0 or self.step == stage.end:
-                row = runtime.mean({"loss": float(loss.detach()), **{key: float(figures[key]) for key in figures}})
-                rate = images / (time.perf_counter() - start)
-                self._log({**row, "images_per_second": rate, "lr": self.optimizer.param_groups[0]["lr"]})
+                row = runtime.mean({name: float(value) for name, value in row.items()})
+                self._log({**row, "lr": self.optimizer.param_groups[0]["lr"], **self.meter.rates()})
                 self._check_finite(row["loss"])
-                start, images = time.perf_counter(), 0
             if self.step == stage.end:  # `finish` comes before the checkpoint that says that the stage is done
                 break
             if runtime.should_stop:
                 self._save()
+                self.store.wait()
                 return False
             if self.step % config.checkpoint_every == 0:
                 self._save()
@@ -252,6 +265,21 @@ class Finetuner:
         self.task.finish()
         self._save()
         return True
+
+    def _forward_backward(self, module: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, Any]:
+        """Gradients of this rank's batch, in micro-batches where it is to be cut; the loss and what there is to log."""
+        parts = split_batch(batch, self.config.micro_batch)
+        share = sum(count for _, count in parts)
+        row: dict[str, Any] = {}
+        for number, (part, count) in enumerate(parts):
+            waits = number < len(parts) - 1 and isinstance(module, DistributedDataParallel)
+            with module.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                with self.task.autocast():
+                    loss, figures = self.task.loss(module, part, generator)
+                (loss * (count / share)).backward()
+            for name, value in {"loss": loss.detach(), **figures}.items():
+                row[name] = row.get(name, 0.0) + value * (count / share)
+        return row
 
     def _check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -280,13 +308,29 @@ class Finetuner:
     def _save(self) -> None:
         if self.runtime.rank == 0:
             state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-            self.store.save(self.step, state)
-        self.runtime.barrier()
+            self.store.save_soon(self.step, state)
+        self.meter.saved()
 
     def _seed(self, generator: torch.Generator) -> None:
         state = np.random.SeedSequence((self.config.seed, self.step, self.runtime.rank)).generate_state(2)
         generator.manual_seed(int(state[0]))
         torch.manual_seed(int(state[1]))
+
+
+def split_batch(batch: Any, most: int | None) -> list[tuple[Any, int]]:
+    """Parts of at most that many images, and how many each has: of a list, or of a tuple of tensors and lists."""
+    fields = [batch] if isinstance(batch, list) else [field for field in batch if field is not None]
+    share = len(fields[0])
+    step = most or share
+    cuts = [slice(start, start + step) for start in range(0, share, step)]
+
+    def cut(part: slice) -> Any:
+        if isinstance(batch, list):
+            return batch[part]
+        values = [None if field is None else field[part] for field in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+
+    return [(cut(part), len(range(share)[part])) for part in cuts]
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
@@ -322,7 +366,7 @@ def open_run(folder: Path) -> Finetuner:
     task, manifest = task_class(config.task), Manifest.load(config.data)
     check_inputs(folder, inputs_of(config, task.load_codec(config), manifest))
     found = task.check_data(config, manifest)
-    done = CheckpointStore(folder / "checkpoints").newest() or 0
+    done = open_checkpoints(config, folder).newest() or 0
     total = sum(config.stages(found.num_samples).values())
     if done < total or not (folder / RESULTS).is_file():
         raise TaskError(

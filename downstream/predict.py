@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
-from cluster.checkpoint import CheckpointStore
+from cluster.checkpoint import open_checkpoints
 from cluster.runtime import LocalRuntime
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
@@ -98,7 +98,7 @@ def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
     config = load_run(run)
     if config.task != name:
         raise TaskError(f"{run} is a run of {config.task}, not of {name}; write `dicm predict {config.task} {run} ...`")
-    store = CheckpointStore(run / "checkpoints")
+    store = open_checkpoints(config, run)
     step = store.newest()
     if step is None or not (run / RESULTS).is_file():
         raise TaskError(f"{run}: the run is not complete; finish it with `dicm finetune {config.task} ... run={run}`")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from cluster.options import ClusterConfig
 from data_pipeline.views import ViewConfig
 from pretrain.codec.config import CodecConfig
 from pretrain.errors import ConfigError
@@ -66,10 +67,12 @@ class PretrainConfig:
 
     workers: int = 1
     launcher: str = "ray"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     precision: str = "bf16"
     channels_last: bool = True
     compile: bool = False
     accumulate: int = 1  # micro-batches a step
+    micro_batch: int | None = None  # most images that a worker has in memory; a greater share is cut into more of them
     shard_optimizer: bool = False  # fairscale OSS: each rank keeps its share of the optimizer's state
     activation_checkpointing: bool = False  # fairscale: recompute residual stages in the backward pass
     num_workers: int = 0  # decoding processes a worker
@@ -87,9 +90,17 @@ class PretrainConfig:
     log_every: int = 10  # steps
     picture_every: int = 200  # steps between pictures of heatmaps, boxes and crops
     checkpoint_every: int = 200  # steps; also at the end of every stage
-    keep_checkpoints: int = 2
+    checkpoints: str | None = None  # where they are kept: a folder or URL (s3://); RUN/checkpoints if not given
+    keep_checkpoints: int = 2  # of the newest
+    keep_every: int = 0  # steps; besides the newest, one checkpoint in so many is kept
+    keep_best: bool = False  # besides, the one with the best kNN accuracy
     knn_every: float = 0.0  # epochs between kNN evaluations; 0: at the end of every stage alone
     knn_samples: int = 10_000  # training samples in the kNN's bank; 0 turns the evaluation off
+
+    def num_micro_batches(self, share: int) -> int:
+        """Into how many parts a worker cuts its share of a batch, of so many images."""
+        needed = -(-share // self.micro_batch) if self.micro_batch else 1
+        return min(max(self.accumulate, needed), max(share // 2, 1))
 
     def validate(self) -> None:
         """Refuse what cannot work, before any work starts (ConfigError)."""
@@ -101,16 +112,23 @@ class PretrainConfig:
         for key in ("workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
+        self.cluster.validate(self.workers)
         for part in self.init_parts:
             _one_of("init_parts", part, PARTS)
         if self.shard_cache_limit <= 0:
             raise ConfigError(f"shard_cache_limit={self.shard_cache_limit:g} is impossible; give the cache some GiB")
         _image_size("image_size", self.image_size)
-        if self.activation_checkpointing and self.workers > 1 and self.accumulate > 1:
+        if self.micro_batch is not None and self.micro_batch < 2:
+            raise ConfigError(f"micro_batch={self.micro_batch} is impossible; batch norm needs at least 2 images")
+        if self.keep_checkpoints < 1 or self.keep_every < 0:
+            key = "keep_checkpoints" if self.keep_checkpoints < 1 else "keep_every"
+            raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least {int(key[5] == 'c')}")
+        if self.activation_checkpointing and self.workers > 1 and (self.accumulate > 1 or self.micro_batch is not None):
             # DDP learns its static graph (see Stage) in the first backward pass, which cannot be a partial one.
             raise ConfigError(
-                f"activation_checkpointing=true with accumulate={self.accumulate} works with one worker alone, this is "
-                f"workers={self.workers}; set accumulate=1: recomputation already saves what micro-batches would"
+                f"activation_checkpointing=true with accumulate={self.accumulate} micro_batch={self.micro_batch} works "
+                f"with one worker alone, this is workers={self.workers}; leave both out: recomputation already saves "
+                "what micro-batches would"
             )
         if not self.stages:
             raise ConfigError("stages is empty; choose a recipe that names at least one stage")

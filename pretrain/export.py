@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoint import CheckpointStore
+from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
 from cluster.recipes import load_saved
 from data_pipeline.shards import Manifest
@@ -29,7 +29,7 @@ def load_run(run: Path) -> tuple[FeatureCodec, PretrainConfig, int]:
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"{run}: not a run folder (no config.yaml); name one that `dicm pretrain` wrote")
     config = load_saved(PretrainConfig, run / "config.yaml")
-    store = CheckpointStore(run / "checkpoints")
+    store = open_checkpoints(config, run)
     step = store.newest()
     if step is None:
         raise CheckpointError(f"{run}: no complete checkpoint yet; run `dicm pretrain` until it writes one")

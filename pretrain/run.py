@@ -22,9 +22,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 # What may change between a run and its continuation: how it runs, not what it computes.
 FREE_KEYS = {
-    "run", "workers", "launcher", "num_workers", "shard_cache", "shard_cache_limit", "accumulate", "compile",
-    "shard_optimizer", "activation_checkpointing",
-    "log_every", "picture_every", "checkpoint_every", "keep_checkpoints", "knn_every", "knn_samples",
+    "run", "workers", "launcher", "cluster", "num_workers", "shard_cache", "shard_cache_limit", "accumulate",
+    "micro_batch", "compile", "shard_optimizer", "activation_checkpointing", "log_every", "picture_every",
+    "checkpoint_every", "keep_checkpoints", "keep_every", "keep_best", "knn_every", "knn_samples",
 }  # fmt: skip
 
 
@@ -48,7 +48,14 @@ def run(config: PretrainConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
     with ProgressFollower(folder, total_steps(config, num_samples)):
-        runtime.run(pretrain, config, workers=config.workers, launcher=config.launcher, run_dir=config.run)
+        runtime.run(
+            pretrain,
+            config,
+            workers=config.workers,
+            launcher=config.launcher,
+            run_dir=config.run,
+            cluster=config.cluster,
+        )
     return folder
 
 

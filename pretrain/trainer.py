@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ import torch
 from torch import Tensor
 from torchvision.io import write_png
 
-from cluster.checkpoint import CheckpointStore
+from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
-from cluster.metrics import MetricsLogger
+from cluster.metrics import MetricsLogger, StepMeter, log_recovery
 from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
 from data_pipeline.loader import CanvasBatch, train_loader
@@ -67,7 +66,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> None:
     try:
         trainer.train()
     finally:
-        trainer.logger.close()
+        trainer.close()
 
 
 class Trainer:
@@ -93,10 +92,11 @@ class Trainer:
 
         self.progress = Progress()
         self.stage: Stage | None = None
-        self.store = CheckpointStore(self.run / "checkpoints", keep=config.keep_checkpoints)
+        self.store = open_checkpoints(config, self.run, on_saved=runtime.report_checkpoint)
         self.optimizer_state = self._restore()
-        self.saved_step = self.progress.step
-        self.logger = MetricsLogger(self.run, rank=runtime.rank, step=self.progress.step)
+        self.first_step = self.saved_step = self.progress.step
+        self.logger = MetricsLogger(self.run, rank=runtime.rank, step=self.progress.step, publish=runtime.publish)
+        self.meter = StepMeter(runtime)
         self.total_steps = total_steps(config, self.dataset_size)
 
     def train(self) -> None:
@@ -106,12 +106,20 @@ class Trainer:
             for batch in self._batches(stage):
                 self._train_step(stage, batch)
                 if self.runtime.should_stop:
-                    return self._save(stage)
+                    self._save(stage)
+                    return self.store.wait()
                 if self.progress.step % self.config.checkpoint_every == 0:
                     self._save(stage)
             self._save(stage)
             self._evaluate(stage)
+        self.store.wait()
         return write_summary(self.runtime, self.config, self.codec, asdict(self.progress))
+
+    def close(self) -> None:
+        """Let what is on its way to the disk arrive there; whether it does matters to `train` alone."""
+        with suppress(CheckpointError):
+            self.store.wait()
+        self.logger.close()
 
     def _batches(self, stage: Stage) -> Any:
         """This rank's batches until the stage has seen all its samples."""
@@ -153,6 +161,8 @@ class Trainer:
         progress.stage_samples += num_samples
         progress.samples_seen += num_samples
         self.meter.step_done(num_samples)
+        if progress.step == self.first_step + 1:
+            log_recovery(self.logger, self.runtime, progress.step)
         done = progress.stage_samples >= stage.num_samples
         if progress.step % config.log_every == 0 or done:
             self._log(stage, losses, grad_norm, learning_rate)
@@ -162,8 +172,8 @@ class Trainer:
             self._evaluate(stage)
 
     def _forward_backward(self, stage: Stage, batch: CanvasBatch) -> Losses:
-        """Gradients of this rank's batch, in `accumulate` micro-batches; returns the means of their losses."""
-        num_chunks = self.config.accumulate
+        """Gradients of this rank's batch, in micro-batches where it is to be cut; returns the means of their losses."""
+        num_chunks = self.config.num_micro_batches(len(batch.label))
         canvases = batch.canvas.to(self.device, non_blocking=True).tensor_split(num_chunks)
         aspects = batch.aspect.to(self.device, non_blocking=True).tensor_split(num_chunks)
         rate_weight = torch.tensor(self.progress.rate_weight, device=self.device)
@@ -215,20 +225,20 @@ class Trainer:
         if self.optimizer_state is not None:
             stage.optimizer.load_state_dict(self.optimizer_state)
             self.optimizer_state = None
-        self.meter = StepMeter()
+        self.meter.restart()
         self.stage = stage
         return stage
 
     def _save(self, stage: Stage) -> None:
-        if self.saved_step != self.progress.step:
-            if hasattr(stage.optimizer, "consolidate_state_dict"):
-                stage.optimizer.consolidate_state_dict()  # OSS: every rank sends its share to rank 0
-            if self.runtime.rank == 0:
-                self.store.save(self.progress.step, self._state(stage))
-            self.saved_step = self.progress.step
-        self.runtime.barrier()
-        self.runtime.report({"step": self.progress.step})
-        self.meter.restart()
+        """Hand the state over to be written while training goes on."""
+        if self.saved_step == self.progress.step:
+            return
+        if hasattr(stage.optimizer, "consolidate_state_dict"):
+            stage.optimizer.consolidate_state_dict()  # OSS: every rank sends its share to rank 0
+        if self.runtime.rank == 0:
+            self.store.save_soon(self.progress.step, self._state(stage))
+        self.saved_step = self.progress.step
+        self.meter.saved()
 
     def _state(self, stage: Stage) -> dict[str, Any]:
         method = {k: v for k, v in self.method.state_dict().items() if not k.startswith("encoder.")}
@@ -249,7 +259,7 @@ class Trainer:
         state = self.store.load(step)
         if state.get("version") != CHECKPOINT_VERSION:
             raise CheckpointError(
-                f"{self.store.folder}: step {step} has version {state.get('version')}, this dicm reads "
+                f"{self.store.where}: step {step} has version {state.get('version')}, this dicm reads "
                 f"{CHECKPOINT_VERSION}; use another run folder"
             )
         if state["manifest"] != self.manifest.hash:
@@ -266,6 +276,10 @@ class Trainer:
         row = measure_knn(self.runtime, self.config, self.codec, self.manifest, stage.config)
         if row:
             self.logger.log(self.progress.step, {"stage": stage.name, **row})
+            if self.config.keep_best and "knn" in row:
+                self._save(stage)
+                if self.runtime.rank == 0:
+                    self.store.note_score(self.progress.step, row["knn"])
         set_trained_parts(stage.config, self.codec, self.method)
         self.meter.restart()
 
@@ -289,7 +303,6 @@ class Trainer:
                 **row,
                 "lr": learning_rate,
                 "rate_weight": self.progress.rate_weight,
-                "world": self.runtime.world,
                 **self.meter.rates(),
             },
         )
@@ -309,34 +322,6 @@ class Trainer:
         folder = self.run / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         write_png(picture, str(folder / f"guidance_{self.progress.step:08d}.png"))
-
-
-class StepMeter:
-    """Images a second and the share of time spent waiting for data, since the last reading."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was counted; called after work that is not training."""
-        self.start = self.mark = time.perf_counter()
-        self.waited, self.samples = 0.0, 0
-
-    def data_arrived(self) -> None:
-        """A batch was handed over."""
-        self.waited += time.perf_counter() - self.mark
-
-    def step_done(self, num_samples: int) -> None:
-        """A step over `num_samples` images of all ranks ended."""
-        self.samples += num_samples
-        self.mark = time.perf_counter()
-
-    def rates(self) -> dict[str, float]:
-        """`images_per_second` over all ranks and `data_wait` in 0..1, then start anew."""
-        elapsed = max(time.perf_counter() - self.start, 1e-9)
-        rates = {"images_per_second": self.samples / elapsed, "data_wait": self.waited / elapsed}
-        self.restart()
-        return rates
 
 
 def mean_losses(losses: list[Losses]) -> Losses:

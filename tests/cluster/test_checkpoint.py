@@ -44,7 +44,7 @@ def python(program: str, *arguments: object) -> subprocess.Popen[str]:
 
 def test_load__returns_what_was_saved(tmp_path: Path):
     store = CheckpointStore(tmp_path / "checkpoints")
-    assert store.save(200, state(2.5)) == tmp_path / "checkpoints" / "step_00000200"
+    assert Path(store.save(200, state(2.5))) == tmp_path / "checkpoints" / "step_00000200"
     loaded = CheckpointStore(tmp_path / "checkpoints").load(200)
     assert torch.equal(loaded["model"]["weight"], torch.full((1000,), 2.5))
     assert loaded["progress"] == state()["progress"]
@@ -54,7 +54,7 @@ def test_load__returns_what_was_saved(tmp_path: Path):
 def test_save__manifest_lists_size_and_sha256_of_what_is_on_disk(tmp_path: Path):
     import hashlib
 
-    folder = CheckpointStore(tmp_path).save(1, state())
+    folder = Path(CheckpointStore(tmp_path).save(1, state()))
     data = (folder / "state.pt").read_bytes()
     entry = json.loads((folder / "manifest.json").read_text())["files"]["state.pt"]
     assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -113,12 +113,12 @@ def test_newest__none_without_a_folder(tmp_path: Path):
 )
 def test_newest__a_broken_checkpoint_is_named_and_passed_over(tmp_path: Path, harm, word: str):
     CheckpointStore(tmp_path).save(1, state())
-    harm(CheckpointStore(tmp_path).save(2, state()))
-    named: list[tuple[Path, str]] = []
-    store = CheckpointStore(tmp_path, on_broken=lambda path, fault: named.append((path, fault)))
+    harm(Path(CheckpointStore(tmp_path).save(2, state())))
+    named: list[tuple[str, str]] = []
+    store = CheckpointStore(tmp_path, on_broken=lambda name, fault: named.append((name, fault)))
     assert store.newest() == 1
     assert store.newest() == 1
-    assert [path.name for path, _ in named] == ["step_00000002"]
+    assert [Path(name).name for name, _ in named] == ["step_00000002"]
     assert word in named[0][1]
     with pytest.raises(CheckpointError, match="step_00000002"):
         store.load(2)
@@ -134,7 +134,7 @@ def test_newest__damage_after_it_was_verified_is_seen(tmp_path: Path):
 
 
 def test_newest__says_so_in_the_log_by_default(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    damage(CheckpointStore(tmp_path).save(2, state()) / "state.pt")
+    damage(Path(CheckpointStore(tmp_path).save(2, state())) / "state.pt")
     assert CheckpointStore(tmp_path).newest() is None
     assert "step_00000002" in caplog.text
     assert "passed over" in caplog.text
@@ -151,7 +151,7 @@ def test_load__foreign_content_is_refused_and_not_run(tmp_path: Path, kind: str,
     import hashlib
 
     monkeypatch.chdir(tmp_path)
-    folder = CheckpointStore(tmp_path).save(1, state())
+    folder = Path(CheckpointStore(tmp_path).save(1, state()))
     path = folder / "state.pt"
     if kind == "torch":
         torch.save({"model": Harmful()}, path)

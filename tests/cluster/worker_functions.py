@@ -49,7 +49,7 @@ def write_facts(runtime: Runtime, options: Options) -> None:
         "ray": "ray" in sys.modules,
     }
     runtime.barrier()
-    runtime.report({"step": 1})
+    runtime.report_checkpoint(1)
     logging.getLogger("cluster.checkpoint").warning("checkpoint %s: damaged; passed over", options.folder)
     Path(options.folder, f"{runtime.rank}.json").write_text(json.dumps(facts))
 

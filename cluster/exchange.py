@@ -1,0 +1,140 @@
+"""What driver, controller and workers of a run on Ray tell each other, as files in the run folder.
+
+    RUN/ray/20260131-120000-4711/    for as long as the run is up
+      stop                           made by the driver: workers save after their step and end
+      restart                        made by the controller: workers save after their step and start anew
+      step                           step of the newest checkpoint, by rank 0
+      group.json                     node and process of every rank of the present group
+      events.jsonl                   interruptions and starts, by the controller
+      messages_<who>.jsonl           warnings of our packages, which the driver shows
+
+The run folder is on storage that all nodes share, and what is written there outlives whoever wrote it: a Ray worker
+gets no signals, because its training function runs in a thread, and the controller forgets what it did not write down.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import OUR_PACKAGES
+from cluster.files import write_whole
+
+STOP, RESTART, STEP, GROUP, EVENTS = "stop", "restart", "step", "group.json", "events.jsonl"
+MESSAGES = "messages_*.jsonl"
+SAME_SECONDS = 10.0  # within which the same words of several ranks are one message
+
+
+class Exchange:
+    """The folder of one launch.
+
+    Args:
+        folder: RUN/ray/NAME, made by the driver.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.folder.parent.parent
+
+    def ask_to_stop(self) -> None:
+        """Let the workers save and end."""
+        (self.folder / STOP).touch()
+
+    def ask_to_restart(self) -> None:
+        """Let the workers save and start anew, perhaps in another number."""
+        (self.folder / RESTART).touch()
+
+    def clear_restart(self) -> None:
+        """Forget an earlier `ask_to_restart`; called before workers start."""
+        (self.folder / RESTART).unlink(missing_ok=True)
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether the workers should save and end."""
+        return (self.folder / STOP).exists()
+
+    @property
+    def restart_asked(self) -> bool:
+        """Whether the workers should save and start anew."""
+        return (self.folder / RESTART).exists()
+
+    def write_step(self, step: int) -> None:
+        """Note the step of a checkpoint that is complete."""
+        write_whole(self.folder / STEP, str(step))
+
+    def read_step(self) -> int:
+        """Step of the newest checkpoint of this launch; -1 before the first."""
+        try:
+            return int((self.folder / STEP).read_text())
+        except (OSError, ValueError):
+            return -1
+
+    def write_group(self, group: dict[int, str]) -> None:
+        """Note where every rank runs."""
+        write_whole(self.folder / GROUP, json.dumps(group))
+
+    def place_of(self, rank: int) -> str:
+        """Rank and node of a worker of the present group, to be shown."""
+        try:
+            return f"worker {rank} on {json.loads((self.folder / GROUP).read_text())[str(rank)]}"
+        except (OSError, ValueError, KeyError):
+            return f"worker {rank}"
+
+    def add_event(self, event: str, **facts: Any) -> None:
+        """Append an event, with the time by this process's clock."""
+        with (self.folder / EVENTS).open("a") as file:
+            file.write(json.dumps({"event": event, "time": time.time(), **facts}) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, oldest first."""
+        try:
+            lines = (self.folder / EVENTS).read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines]
+
+
+class MessageHandler(logging.Handler):
+    """Writes the warnings of our packages where the driver finds them."""
+
+    def __init__(self, exchange: Exchange, who: str) -> None:
+        super().__init__(logging.WARNING)
+        self.path = exchange.folder / MESSAGES.replace("*", who)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append one line; a full disk must not end the training."""
+        if record.name.partition(".")[0] in OUR_PACKAGES:
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps([record.created, record.name, record.levelno, record.getMessage()]) + "\n")
+            except OSError:
+                self.handleError(record)
+
+
+class MessageReader:
+    """Reads what the `MessageHandler`s of all processes wrote, a message that several ranks have to say once."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self._read: dict[Path, int] = {}
+        self._shown: dict[str, float] = {}
+
+    def show(self) -> None:
+        """Log what is new, in this process."""
+        for path in sorted(self.exchange.folder.glob(MESSAGES)):
+            lines = path.read_text().splitlines(keepends=True)
+            for line in lines[self._read.get(path, 0) :]:
+                if not line.endswith("\n"):
+                    break
+                self._read[path] = self._read.get(path, 0) + 1
+                created, name, level, message = json.loads(line)
+                if created - self._shown.get(message, 0.0) > SAME_SECONDS:
+                    logging.getLogger(name).log(level, "%s", message)
+                self._shown[message] = created

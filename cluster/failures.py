@@ -1,0 +1,83 @@
+"""Why a group of workers ended, out of the exceptions that Ray Train collected from its ranks.
+
+One cause brings many exceptions: where a worker is killed, the others lose their connections; where one raises, the
+others wait until they are killed. What matters is told apart here, first to last: workers that were asked to start
+anew, an error written for the user, a bug, a lost worker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.errors import PeerLost, Restart, is_ours
+
+# Of gloo and NCCL when the other side is gone, and of a GPU that has fallen off: nothing that our code did.
+NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Ss]ocket")
+DEVICE = re.compile(r"CUDA error|uncorrectable ECC|device-side|fell off the bus")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why workers ended.
+
+    Attributes:
+        kind: "restart": they were asked to; "told": an error written for the user; "bug": any other exception;
+            "lost": a process, node or connection is gone, or a store does not answer: it is worth going on.
+        rank: of the worker it began with, where one is known.
+        reason: a few words.
+        error: the exception of that rank.
+    """
+
+    kind: str
+    rank: int | None
+    reason: str
+    error: Exception | None = None
+
+
+def cause_of(failures: Mapping[int, Exception]) -> Cause:
+    """The cause behind the exceptions of some ranks."""
+    ranks = dict(sorted(failures.items()))
+    for rank, error in ranks.items():
+        if isinstance(error, Restart):
+            return Cause("restart", rank, str(error), error)
+    lost = {rank: error for rank, error in ranks.items() if _is_process_lost(error)}
+    for rank, error in ranks.items():
+        if is_ours(error) and not isinstance(error, PeerLost):
+            return Cause("lost" if getattr(error, "transient", False) else "told", rank, str(error), error)
+    for rank, error in lost.items():
+        return Cause("lost", rank, reason_of_death(error), error)
+    for rank, error in ranks.items():
+        if not isinstance(error, PeerLost):
+            return Cause("bug", rank, _first_line(error), error)
+    for rank, error in ranks.items():
+        return Cause("lost", rank, f"it lost its connection: {_first_line(error)}", error)
+    return Cause("lost", None, "no worker said why")
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether an exception says that another worker, or the GPU, is gone."""
+    return isinstance(error, RuntimeError) and bool(NETWORK.search(str(error)) or DEVICE.search(str(error)))
+
+
+def reason_of_death(error: BaseException) -> str:
+    """The shortest account of why a worker's process died, out of Ray's page about it."""
+    text = str(error)
+    if "OutOfMemory" in text or "running low on memory" in text:
+        return "memory ran out"
+    if "node" in text and ("died" in text or "dead" in text) and "Node" in text:
+        return "its node died"
+    if "SIGKILL" in text or "connection error code 2" in text:
+        return "its process was killed, as the system does when memory runs out"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _is_process_lost(error: BaseException) -> bool:
+    """Whether Ray reports the process as gone, rather than what ran in it as failed."""
+    return type(error).__module__.partition(".")[0] == "ray"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
