@@ -14,6 +14,7 @@ gets no signals, because its training function runs in a thread, and the control
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -99,6 +100,12 @@ class Exchange:
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in lines]
+
+    def failures(self) -> int:
+        """How often in a row workers were lost with no new checkpoint in between."""
+        lost = [event for event in self.events() if event["event"] == "lost"]
+        steps = [event["step"] for event in lost]
+        return len(list(itertools.takewhile(lambda step: step == steps[-1], reversed(steps))))
 
 
 class MessageHandler(logging.Handler):

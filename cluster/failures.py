@@ -15,6 +15,7 @@ from cluster.errors import PeerLost, Restart, is_ours
 
 # Of gloo and NCCL when the other side is gone, and of a GPU that has fallen off: nothing that our code did.
 NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Ss]ocket")
+PEER = "lost its connection to another"
 DEVICE = re.compile(r"CUDA error|uncorrectable ECC|device-side|fell off the bus")
 
 
@@ -35,6 +36,11 @@ class Cause:
     reason: str
     error: Exception | None = None
 
+    @property
+    def what(self) -> str:
+        """What happened to a lost worker."""
+        return self.reason if self.reason == PEER else f"was lost ({self.reason})"
+
 
 def cause_of(failures: Mapping[int, Exception]) -> Cause:
     """The cause behind the exceptions of some ranks."""
@@ -52,7 +58,7 @@ def cause_of(failures: Mapping[int, Exception]) -> Cause:
         if not isinstance(error, PeerLost):
             return Cause("bug", rank, _first_line(error), error)
     for rank, error in ranks.items():
-        return Cause("lost", rank, f"it lost its connection: {_first_line(error)}", error)
+        return Cause("lost", rank, PEER, error)
     return Cause("lost", None, "no worker said why")
 
 
@@ -66,8 +72,10 @@ def reason_of_death(error: BaseException) -> str:
     text = str(error)
     if "OutOfMemory" in text or "running low on memory" in text:
         return "memory ran out"
-    if "node" in text and ("died" in text or "dead" in text) and "Node" in text:
+    if "its node has died" in text:
         return "its node died"
+    if "unavailable" in text:
+        return "it does not answer"
     if "SIGKILL" in text or "connection error code 2" in text:
         return "its process was killed, as the system does when memory runs out"
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -52,7 +52,7 @@ from cluster.errors import PeerLost, Restart, RunError, is_ours, portable  # noq
 from cluster.exchange import Exchange, MessageHandler, MessageReader  # noqa: E402
 from cluster.failures import cause_of, is_peer_lost  # noqa: E402
 from cluster.options import ClusterConfig  # noqa: E402
-from cluster.policies import LiveNodesPolicy, RecoveryPolicy  # noqa: E402
+from cluster.policies import Group, LiveNodesPolicy, RecoveryPolicy  # noqa: E402
 from cluster.ray_runtime import RayRuntime  # noqa: E402
 from cluster.runtime import Notice, Runtime, on_sigterm, threads_per_worker  # noqa: E402
 
@@ -102,6 +102,7 @@ def launch(
                 name=exchange.folder.name,  # a name used before would make Ray resume that run
                 storage_path=str(exchange.folder.parent),
                 failure_config=FailureConfig(max_failures=options.max_failures),
+                callbacks=[Group(exchange)],
             ),
         )
         trainer.policies = {
@@ -171,12 +172,14 @@ def _told(error: Exception, run_dir: str, exchange: Exchange) -> Exception:
     cause = cause_of(failures)
     if cause.kind == "bug":
         return RuntimeError(f"worker {cause.rank} failed:\n\n{error}")
-    if cause.kind == "told" and cause.error is not None:
-        return cause.error
     who = "a worker" if cause.rank is None else exchange.place_of(cause.rank)
+    if cause.kind == "told" and cause.error is not None:
+        placed = type(cause.error)(f"{cause.error} ({who})")
+        return placed if is_ours(placed) else cause.error
     if "memory ran out" in cause.reason:
-        again = f"lower micro_batch or batch_size, or give a worker more memory; {again}"
-    return RunError(f"run={run_dir}: {who} was lost ({cause.reason}); {again}")
+        again = f"give a worker less to hold, micro_batch=N, or more memory; {again}"
+    times = f" {lost} times in a row without a new checkpoint" if (lost := exchange.failures()) > 1 else ""
+    return RunError(f"run={run_dir}: {who} {cause.what}{times}; {again}")
 
 
 def _resources(least: int, most: int, options: ClusterConfig) -> tuple[ScalingConfig, str]:

@@ -14,15 +14,16 @@ import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from cluster.exchange import Exchange, MessageHandler
@@ -33,6 +34,39 @@ ANSWER_SECONDS = 2.0  # within which a node's raylet accepts a connection
 WAIT_WARNING_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
+
+
+class Group(WorkerGroupCallback):
+    """The workers that are up, for the policies: Ray Train tells them of a group only while it trains.
+
+    The policies are sent to the controller one by one, so what they share is kept by this class, of which the process
+    of a controller has one.
+
+    Args:
+        exchange: of this launch.
+    """
+
+    state: ClassVar[WorkerGroupState | None] = None
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        """Keep the group, and note for driver and workers where every rank runs."""
+        Group.state = worker_group.get_worker_group_state()
+        places = {worker.distributed_context.world_rank: _place(worker.metadata) for worker in Group.state.workers}
+        self.exchange.write_group(places)
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        """Forget the group."""
+        Group.state = None
+
+    @staticmethod
+    def release() -> None:
+        """End a group whose start failed halfway: Ray Train forgets it, and its nodes would stay taken."""
+        if Group.state is not None:
+            Group.state.shutdown()
+            Group.state = None
 
 
 class LiveNodesPolicy(ElasticScalingPolicy):
@@ -47,7 +81,6 @@ class LiveNodesPolicy(ElasticScalingPolicy):
     def __init__(self, scaling: ScalingConfig, exchange: Exchange, autoscaled: bool) -> None:
         super().__init__(scaling)
         self.exchange, self.autoscaled = exchange, autoscaled
-        self._group: WorkerGroupState | None = None
         self._gone: list[str] = []
         self._next_look = self._next_warning = 0.0
 
@@ -65,12 +98,12 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         """Start with what there is room for, once it is certain which nodes that are."""
         self._maybe_send_resource_request()
         nodes = self._get_reserved_resources()
+        self._tell_of_lost_nodes(nodes)
         num_workers = self._count_possible_workers(nodes)
         if num_workers < self.scaling_config.min_workers:
             self._warn_of_waiting(num_workers)
             time.sleep(0.2)  # the controller asks again at once
             return NoopDecision()
-        self._group = None
         self.exchange.clear_restart()
         self.exchange.add_event("start", world=num_workers)
         return self._get_resize_decision(num_workers)
@@ -79,14 +112,6 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
         """Never resize at once: ask the workers to save and end, where another group is wanted."""
-        if self._group is not worker_group_state:
-            self._group = worker_group_state
-            self.exchange.write_group(
-                {
-                    worker.distributed_context.world_rank: _place(worker.metadata)
-                    for worker in worker_group_state.workers
-                }
-            )
         self._maybe_send_resource_request()
         now = time.monotonic()
         if now < self._next_look or self.exchange.restart_asked or self.exchange.stop_asked:
@@ -114,7 +139,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         free = ray._private.state.state.available_resources_per_node()
         draining = _draining_nodes()
         held: dict[str, int] = {}
-        for worker in self._group.workers if self._group is not None else []:
+        for worker in Group.state.workers if Group.state is not None else []:
             held[worker.metadata.node_id] = held.get(worker.metadata.node_id, 0) + 1
         alive = [node for node in ray.nodes() if node["Alive"]]
         with ThreadPoolExecutor(min(32, len(alive))) as pool:
@@ -138,6 +163,15 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         if not (out := [*self._gone, *_draining_nodes()]):
             return None
         return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(out)})"}
+
+    def _tell_of_lost_nodes(self, nodes: dict[str, dict[str, float]]) -> None:
+        places = {
+            worker.metadata.node_id: worker.metadata.node_ip
+            for worker in (Group.state.workers if Group.state is not None else [])
+        }
+        for node, address in places.items():
+            if node not in nodes and node not in _draining_nodes():
+                logger.warning("node %s (%s) does not answer; its workers are lost", address, node[:8])
 
     def _warn_of_waiting(self, num_workers: int) -> None:
         if (now := time.monotonic()) >= self._next_warning:
@@ -163,7 +197,6 @@ class RecoveryPolicy(FailurePolicy):
     def __init__(self, exchange: Exchange, max_failures: int) -> None:
         super().__init__(FailureConfig(max_failures=max_failures))
         self.exchange, self.max_failures = exchange, max_failures
-        self._failures, self._step = 0, -1
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Called by the controller, once a failure."""
@@ -175,21 +208,20 @@ class RecoveryPolicy(FailurePolicy):
                 return FailureDecision.RETRY
             if cause.kind != "lost":
                 return FailureDecision.RAISE
-            who = "a worker" if cause.rank is None else self.exchange.place_of(cause.rank)
-            return self._count(f"{who} was lost ({cause.reason})")
+            if cause.rank is None:
+                return self._count(f"a worker was lost ({cause.reason})")
+            return self._count(f"{self.exchange.place_of(cause.rank)} {cause.what}")
         if isinstance(training_failed_error, ControllerError):
             failure = training_failed_error.controller_failure
             if isinstance(failure, RayError) and not isinstance(failure, RayActorError):
                 return FailureDecision.RAISE  # the training function cannot even be loaded
+            Group.release()
             return self._count(f"workers could not be started ({type(failure).__name__})")
         return FailureDecision.RAISE
 
     def _count(self, what: str) -> FailureDecision:
-        step = self.exchange.read_step()
-        self._failures = 1 if step > self._step else self._failures + 1
-        self._step = step
-        self.exchange.add_event("lost", reason=what)
-        if self._failures > self.max_failures:
+        self.exchange.add_event("lost", reason=what, step=self.exchange.read_step())
+        if self.exchange.failures() > self.max_failures:
             return FailureDecision.RAISE
         logger.warning("%s; going on from the newest checkpoint", what)
         return FailureDecision.RETRY

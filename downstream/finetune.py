@@ -258,6 +258,7 @@ class Finetuner:
             if runtime.should_stop:
                 self._save()
                 self.store.wait()
+                runtime.barrier()  # the first worker that ends may take the others with it
                 return False
             if self.step % config.checkpoint_every == 0:
                 self._save()

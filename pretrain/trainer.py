@@ -107,7 +107,8 @@ class Trainer:
                 self._train_step(stage, batch)
                 if self.runtime.should_stop:
                     self._save(stage)
-                    return self.store.wait()
+                    self.store.wait()
+                    return self.runtime.barrier()  # the first worker that ends may take the others with it
                 if self.progress.step % self.config.checkpoint_every == 0:
                     self._save(stage)
             self._save(stage)

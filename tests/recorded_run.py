@@ -26,7 +26,8 @@ from pretrain.config import PretrainConfig
 from pretrain.run import check_data, check_earlier_run, resolve
 from pretrain.trainer import Trainer
 
-SAVE_SECONDS = 60.0
+# A busy machine must not pass for a dead node: what tests kill, the policies notice by themselves.
+PATIENT = {"health_check_failure_threshold": 60}
 
 
 class RecordedTrainer(Trainer):
@@ -174,7 +175,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def nodes(*num_cpus: int, system_config: dict | None = None) -> Iterator[Any]:
+def nodes(*num_cpus: int) -> Iterator[Any]:
     """A Ray cluster of raylets on this machine: a head without CPUs, and a node for each number; yields the Cluster."""
     import ray
     from ray.cluster_utils import Cluster
@@ -185,7 +186,8 @@ def nodes(*num_cpus: int, system_config: dict | None = None) -> Iterator[Any]:
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20,
-                                                            "include_dashboard": False})  # fmt: skip
+                                                            "include_dashboard": False,
+                                                            "_system_config": PATIENT})  # fmt: skip
     try:
         cluster.workers = [add_node(cluster, count) for count in num_cpus]
         ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
@@ -209,3 +211,24 @@ def kill_node(cluster: Any, node: Any) -> float:
     now = time.time()
     cluster.remove_node(node, allow_graceful=False)
     return now
+
+
+def drain_node(node: Any, seconds: float = 120.0) -> float:
+    """The notice that a node goes in so many seconds, as a cloud gives it; returns the time."""
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    now = time.time()
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, why = client.drain_node(
+        node.node_id, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "a test", int((now + seconds) * 1000)
+    )
+    assert accepted, why
+    return now
+
+
+def stop(run: Run) -> None:
+    """What SIGTERM to the driver does."""
+    for folder in (run.folder / "ray").glob("*-*"):
+        (folder / "stop").touch()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from worker_functions import (
 )
 
 from cluster.errors import CheckpointError, RunError
+from cluster.options import ClusterConfig
 from cluster.runtime import run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -39,8 +41,11 @@ def _ray() -> Iterator[None]:
         yield
 
 
-def on_ray(function, folder: Path) -> None:
-    run(function, Options(str(folder)), workers=2, launcher="ray", run_dir=str(folder))
+def on_ray(function, folder: Path, **options) -> None:
+    run(
+        function, Options(str(folder)), workers=2, launcher="ray", run_dir=str(folder),
+        cluster=ClusterConfig(**options),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere.invalid:6379"])
@@ -51,15 +56,16 @@ def test_launch__no_cluster_at_ray_address(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cause__a_bug_in_a_worker_keeps_its_traceback():
+def test_told__a_bug_in_a_worker_keeps_its_traceback():
     from ray.train import WorkerGroupError
 
-    from cluster.launch import _cause
+    from cluster.exchange import Exchange
+    from cluster.launch import _told
 
     text = "[Rank 1 Error Snippet]:\nTraceback (most recent call last):\n  File x, line 1\nKeyError: 'no such key'"
-    cause = _cause(WorkerGroupError(text, {1: KeyError("no such key")}), "runs/one")
-    assert type(cause) is RuntimeError  # no error of ours: not one line, but all there is to know
-    assert text in str(cause)
+    told = _told(WorkerGroupError(text, {1: KeyError("no such key")}), "runs/one", Exchange(Path("nowhere")))
+    assert type(told) is RuntimeError  # no error of ours: not one line, but all there is to know
+    assert text in str(told)
 
 
 @pytest.mark.cluster
@@ -92,19 +98,23 @@ def test_launch__two_workers_reduce_gather_and_broadcast(
 def test_launch__our_error_in_a_worker_comes_back_as_it_was_raised(tmp_path: Path):
     with pytest.raises(CheckpointError) as caught:
         on_ray(fail_with_our_error, tmp_path)
-    assert str(caught.value) == f"{tmp_path}: a line for the user"
+    said = re.fullmatch(rf"{tmp_path}: a line for the user \((.*)\)", str(caught.value))
+    assert said
+    assert re.match(r"worker 1 on node [\d.]+ \([0-9a-f]{8}, process \d+\)", said[1])
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
-def test_launch__a_killed_worker_is_named_and_the_other_does_not_hang(tmp_path: Path):
-    with pytest.raises(
-        RunError, match=r"worker 1 was lost \(its process was killed.*run the same command again"
-    ) as caught:
-        on_ray(die, tmp_path)
+def test_launch__workers_lost_too_often_are_named_and_the_others_do_not_hang(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    lost = r"worker 1 on node [\d.]+ \(.*\) was lost \(its process was killed"
+    with pytest.raises(RunError, match=rf"{lost}.*2 times.*run the same command again") as caught:
+        on_ray(die, tmp_path, max_failures=1)
     assert "\n" not in str(caught.value)
+    assert re.search(rf"{lost}.*; going on from the newest checkpoint", caplog.text)
 
 
 @pytest.mark.cluster

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from cluster.errors import CheckpointError, PeerLost, Restart
+from cluster.failures import cause_of, is_peer_lost
+from data_pipeline.errors import DataError, StoreError
+
+
+class ActorDiedError(Exception):
+    """As Ray's: raised for a process, not by what ran in it."""
+
+
+ActorDiedError.__module__ = "ray.exceptions"
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "rank", "word"),
+    [
+        ({0: PeerLost(GLOO), 1: ActorDiedError("killed by SIGKILL")}, "lost", 1, "killed"),
+        ({0: PeerLost(GLOO), 1: CheckpointError("disk full")}, "told", 1, "disk full"),
+        ({0: PeerLost(GLOO), 2: KeyError("no such key")}, "bug", 2, "no such key"),
+        ({0: PeerLost(GLOO), 1: PeerLost(GLOO)}, "lost", 0, "lost its connection"),
+        ({1: Restart("asked to"), 0: PeerLost(GLOO)}, "restart", 1, "asked"),
+        ({0: KeyError("a follow-up"), 1: ActorDiedError("OutOfMemory")}, "lost", 1, "memory ran out"),
+        ({0: StoreError("s3 does not answer")}, "lost", 0, "s3"),
+        ({0: DataError("no such split")}, "told", 0, "split"),
+        ({}, "lost", None, "no worker"),
+    ],
+)
+def test_cause_of__tells_the_cause_from_what_follows(failures, kind: str, rank: int | None, word: str):
+    cause = cause_of(failures)
+    assert (cause.kind, cause.rank) == (kind, rank)
+    assert word in cause.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError(GLOO), True),
+        (RuntimeError("NCCL error: remote process exited"), True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError(GLOO), False),
+    ],
+)
+def test_is_peer_lost__a_bug_is_none(error: Exception, lost: bool):
+    assert is_peer_lost(error) is lost
