@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ import scaling_model
 from scaling_counts import StageCounts, StepCounter, broadcast_buffers, count_stages
 
 from cluster.runtime import LocalRuntime, Runtime
+from data_pipeline.order import SampleOrder
 from pretrain.errors import ConfigError
 from pretrain.run import resolve
 from pretrain.stages import Stage
@@ -80,7 +81,7 @@ def test_model_step__names_what_holds_it_up():
 
 def test_shards_touched__reduced_as_at_full_size():
     fewer = replace(INPUTS, num_images=300_167)
-    reader = costs.NodeReader(8, fewer, fewer.shard_samples, room=1)
+    reader = costs.NodeReader.in_the_middle(8, fewer, fewer.shard_samples, room=1)
     touched: set[int] = set()
     for _ in range(reader.batches_an_epoch):
         touched.update(reader.next_shards())
@@ -99,6 +100,15 @@ def test_shards_fetched__by_the_room_of_the_cache(nodes: int):
 def test_shards_fetched__a_cache_below_what_a_node_touches_fetches_over_and_over():
     few = replace(INPUTS, num_images=200_000)
     assert costs.shards_fetched(1, few, 0.5 * few.num_shards * few.shard_bytes) > 20
+
+
+def test_node_reader__as_the_real_cache():
+    """tests/benchmarks/cache.py: 64 shards of 32 images through a cache of 16, ten epochs; 9,232 were evicted."""
+    order = SampleOrder([32] * 64, seed=0, shuffle_shards=4, num_lanes=8)
+    reader = costs.NodeReader(order, 0, 1, room=16, batch=64)
+    for _ in range(10 * reader.batches_an_epoch):
+        reader.read()
+    assert reader.fetched - 16 == pytest.approx(9232, rel=0.01)
 
 
 # Failures
@@ -225,6 +235,12 @@ def test_step_counter__a_backward_is_two_forwards(groups: int, transposed: bool)
 
 
 # The page
+
+
+def test_page__lists_the_inputs():
+    page = (REPOSITORY / "docs" / "scaling.md").read_text()
+    listed = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith("| `")]
+    assert listed == [[f"| `{name}`", f"{value:.4g}"] for name, value in asdict(INPUTS).items()]
 
 
 @pytest.mark.slow

@@ -198,11 +198,11 @@ def model_step(counts: StageCounts, world: int, batch: int, inputs: Inputs, util
 
 def shards_touched(nodes: int, inputs: Inputs) -> float:
     """Share of all shards that the ranks of a node read from in an epoch."""
-    reader = NodeReader(nodes, inputs, REDUCED_SHARD, room=1)
+    reader = NodeReader.in_the_middle(nodes, inputs, REDUCED_SHARD, room=1)
     touched: set[int] = set()
     for _ in range(reader.batches_an_epoch):
         touched.update(reader.next_shards())
-    return len(touched) / reader.num_shards
+    return len(touched) / inputs.num_shards
 
 
 def shards_fetched(nodes: int, inputs: Inputs, cache: float) -> float:
@@ -215,30 +215,35 @@ def shards_fetched(nodes: int, inputs: Inputs, cache: float) -> float:
     if room >= inputs.num_shards:
         return 0.0
     fits = room >= touched * inputs.num_shards
-    reader = NodeReader(nodes, inputs, REDUCED_SHARD if fits else inputs.shard_samples, room)
+    reader = NodeReader.in_the_middle(nodes, inputs, REDUCED_SHARD if fits else inputs.shard_samples, room)
     window = reader.batches_an_epoch if fits else WINDOW
     for _ in range(math.ceil(room / (touched * inputs.num_shards) + 1) * window):
         reader.read()
     before = reader.fetched
     for _ in range(window):
         reader.read()
-    return (reader.fetched - before) * reader.batches_an_epoch / window / reader.num_shards
+    return (reader.fetched - before) * reader.batches_an_epoch / window / inputs.num_shards
 
 
 class NodeReader:
-    """The ranks of the node in the middle, reading by the real order through a cache of `room` shards.
+    """A node of a world of nodes, reading by `order` through a cache of `room` shards; counts those that it fetches.
 
-    Their blocks lie side by side, so together they are the block of one rank in a world of nodes.
+    The blocks of its ranks lie side by side, so together they are the block of one rank in a world of nodes.
     """
 
-    def __init__(self, nodes: int, inputs: Inputs, shard_samples: int, room: int):
+    def __init__(self, order: SampleOrder, node: int, nodes: int, room: int, batch: int = BATCH):
+        self.room, self.fetched = room, 0
+        self.batches_an_epoch = order.num_samples // batch
+        self._starts = np.cumsum(order.shard_sizes)
+        self._batches = iter(ElasticSampler(order, batch, node, nodes))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @classmethod
+    def in_the_middle(cls, nodes: int, inputs: Inputs, shard_samples: int, room: int) -> NodeReader:
+        """Of the inputs' data set, with so many samples a shard; the last shard is short."""
         last = math.ceil((inputs.num_images / inputs.shard_samples) % 1 * shard_samples) or shard_samples
         order = SampleOrder([shard_samples] * (inputs.num_shards - 1) + [last])
-        self.num_shards, self.room, self.fetched = inputs.num_shards, room, 0
-        self.batches_an_epoch = order.num_samples // BATCH
-        self._starts = np.cumsum(order.shard_sizes)
-        self._batches = iter(ElasticSampler(order, BATCH, nodes // 2, nodes))
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        return cls(order, nodes // 2, nodes, room)
 
     def next_shards(self) -> list[int]:
         """Of the node's part of the next batch, each sample's."""

@@ -86,7 +86,7 @@ def count_stages(recipe: str, *overrides: str) -> list[StageCounts]:
         write_scenes(data, train=8, val=1, size=64)
         small = [f"stages.{stage.name}.batch_size={IMAGES}" for stage in wanted.stages]
         options = [f"data={data}", f"run={scratch}/run", "workers=1", "launcher=local", "ssl.heatmap.warmup=0",
-                   "log_every=1000000", "picture_every=1000000", *overrides, *small]  # fmt: skip
+                   "num_workers=0", "log_every=1000000", "picture_every=1000000", *overrides, *small]  # fmt: skip
         trainer = Trainer(LocalRuntime(), resolve(recipe, options))
         counts = [_count(trainer, index, stage.batch_size) for index, stage in enumerate(wanted.stages)]
         trainer.logger.close()
