@@ -46,6 +46,19 @@ class Interruption(NamedTuple):
     time: float
 
 
+class _Question:
+    """The greatest notice of all ranks, on its way."""
+
+    def __init__(self, notice: Notice) -> None:
+        self.flag = torch.tensor(int(notice))
+        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+
+    def answer(self) -> Notice:
+        """Wait for it."""
+        self.work.wait()
+        return Notice(int(self.flag.item()))
+
+
 class Runtime:
     """What a worker knows of its group; a world of one needs no process group.
 
@@ -63,15 +76,19 @@ class Runtime:
     def __init__(self, rank: int, world: int, local_rank: int, device: torch.device) -> None:
         self.rank, self.world, self.local_rank, self.device = rank, world, local_rank, device
         self.place = f"rank {rank} on node {socket.gethostname()}"
+        self._asked: _Question | None = None
 
     @property
     def should_stop(self) -> bool:
-        """True on every rank once any of them was told to save and end; a collective where there are several ranks."""
+        """True on every rank once any of them was told to save and end; a collective where there are several ranks.
+
+        Asked every step, so nobody waits: the ranks compare what they were told while the next step is computed, and
+        all hear of it with the next question.
+        """
         notice = self._look_for_notice()
         if self.world > 1:
-            flag = torch.tensor(int(notice))
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            notice = Notice(int(flag.item()))
+            asked, self._asked = self._asked, _Question(notice)
+            notice = asked.answer() if asked is not None else Notice.NONE
         self.notice = notice
         return notice != Notice.NONE
 

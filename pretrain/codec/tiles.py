@@ -17,8 +17,10 @@ from pretrain.errors import CodecError
 
 MARGIN = 64  # pixels
 TILE_STEP = 64
-# Positions of a strip: the hidden layer of an MLP over so many stays in the caches of a core.
-STRIP_POSITIONS = 3072
+# Positions of a strip: the hidden layer of an MLP over so many stays in the caches of a core. A GPU wants few, large
+# operators; there strips only bound the memory that a very large picture takes.
+STRIP_POSITIONS = {"cpu": 3072}
+GPU_STRIP_POSITIONS = 2**20
 
 
 def check_tile(tile: int) -> None:
@@ -66,7 +68,7 @@ def in_strips(function: Callable[[Tensor], Tensor], inputs: Tensor, halo: int = 
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(inputs)
     height, width = inputs.shape[-2:]
-    rows = max(STRIP_POSITIONS // (width * len(inputs)), 1)
+    rows = max(STRIP_POSITIONS.get(inputs.device.type, GPU_STRIP_POSITIONS) // (width * len(inputs)), 1)
     if height <= rows:
         return function(inputs)
     strips = []

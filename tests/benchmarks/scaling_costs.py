@@ -54,7 +54,6 @@ class Inputs:
     restart: float = 36.0  # from a node's death to the next step
     # What could be changed; see `changes`.
     exchange: bool = False  # shuffle keys by sending each image to its one new place
-    stop_every: int = 1  # steps between the questions whether to stop
 
     @property
     def num_shards(self) -> int:
@@ -160,15 +159,15 @@ def model_step(counts: StageCounts, world: int, batch: int, inputs: Inputs, util
     """A step of `batch` images over `world` GPUs whose nodes fetch `fetched` times the bytes of their images.
 
     The host queues operators ahead of the GPU, but for MoCo's queue, which it waits for between forward and backward;
-    so a step is two stretches, each as long as the longer of host and GPU. Then ranks ask each other whether to stop.
+    so a step is two stretches, each as long as the longer of host and GPU. While it is computed, the ranks ask each other
+    whether to stop; a step takes no less than that.
     """
     local, compute = batch / world, counts.flops * batch / world / (inputs.peak_flops * utilisation)
     launches = counts.launches * inputs.launch
     share = counts.backward_flops / counts.flops
     busy = max(compute, launches)
     reduced = exposed(counts.gradients, busy * share, lambda size: all_reduce(size, world, inputs))
-    control = 2 * (world - 1) * inputs.control_hop / inputs.stop_every
-    waited = max(0.0, launches * share + control - busy * share - reduced)
+    waited = max(0.0, launches * share - busy * share - reduced)
     if inputs.exchange:
         shuffled = 2 * all_to_all(counts.shuffled_bytes * local / 2, world, inputs)
     else:
@@ -178,14 +177,15 @@ def model_step(counts: StageCounts, world: int, batch: int, inputs: Inputs, util
         others += 3 * all_gather(counts.key_bytes * batch / 3, world, inputs) + 2 * broadcast(8 * batch, world, inputs)
     nodes = math.ceil(world / inputs.gpus_per_node)
     read = batch * inputs.sample_bytes * fetched
+    parts = {
+        "compute" if compute >= launches else "launches": busy + waited,
+        "gradients": reduced,
+        "key shuffle": shuffled if counts.shuffled_bytes else 0.0,
+        "buffers, keys": others,
+    }
+    control = 2 * (world - 1) * inputs.control_hop
     return Step(
-        {
-            "compute" if compute >= launches else "launches": busy,
-            "gradients": reduced,
-            "key shuffle": shuffled if counts.shuffled_bytes else 0.0,
-            "buffers, keys": others,
-            "stop flag": waited,
-        },
+        {**parts, "stop flag": max(0.0, control - sum(parts.values()))},
         {
             "decoding": local * inputs.decode / inputs.cpus_per_gpu,
             "storage": max(read / nodes / inputs.storage_node, read / inputs.storage_total),

@@ -28,6 +28,7 @@ from data_pipeline.build import build_dataset
 from data_pipeline.loader import CanvasDataset
 from data_pipeline.scenes import write_scenes
 from data_pipeline.shards import Manifest
+from pretrain.codec.tiles import STRIP_POSITIONS
 from pretrain.config import PretrainConfig
 from pretrain.run import resolve
 from pretrain.ssl.methods.moco import MoCo
@@ -87,6 +88,7 @@ def count_stages(recipe: str, *overrides: str) -> list[StageCounts]:
         small = [f"stages.{stage.name}.batch_size={IMAGES}" for stage in wanted.stages]
         options = [f"data={data}", f"run={scratch}/run", "workers=1", "launcher=local", "ssl.heatmap.warmup=0",
                    "num_workers=0", "log_every=1000000", "picture_every=1000000", *overrides, *small]  # fmt: skip
+        STRIP_POSITIONS.clear()  # count what a GPU is asked for
         trainer = Trainer(LocalRuntime(), resolve(recipe, options))
         counts = [_count(trainer, index, stage.batch_size) for index, stage in enumerate(wanted.stages)]
         trainer.logger.close()

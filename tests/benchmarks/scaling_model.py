@@ -97,9 +97,7 @@ def changes(stage: StageCounts, inputs: Inputs, fetched: dict[int, float]) -> li
         "as it is": inputs,
         "eight network cards a node": replace(inputs, inter_bandwidth=8 * inputs.inter_bandwidth),
         "keys shuffled by exchange": replace(inputs, exchange=True),
-        "stop flag every 20 steps": replace(inputs, stop_every=20),
-        "exchange and stop flag": replace(inputs, exchange=True, stop_every=20),
-        "these, half of the launches": replace(inputs, exchange=True, stop_every=20, launch=inputs.launch / 2),
+        "these, half of the launches": replace(inputs, exchange=True, launch=inputs.launch / 2),
     }
     plans["these, shards in the cache"] = replace(plans["these, half of the launches"], sample_bytes=0.0)
 
