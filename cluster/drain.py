@@ -62,14 +62,18 @@ def drain(seconds: float, node: str | None = None, proc: Path = Path("/proc")) -
 
 def find_raylet(node: str | None = None, proc: Path = Path("/proc")) -> Raylet:
     """The Ray node on this machine, or the one whose id begins with `node` (RunError: none, or several)."""
-    found = [raylet for pid in _processes(proc) if (raylet := _raylet(pid, proc)) is not None]
-    found = [raylet for raylet in found if raylet.node.startswith(node or "")]
+    found = [raylet for raylet in list_raylets(proc) if raylet.node.startswith(node or "")]
     if len(found) == 1:
         return found[0]
     if not found:
         raise RunError(f"no Ray node {node or ''} runs on this machine; `ray start` makes it one".replace("  ", " "))
     nodes = ", ".join(sorted(raylet.node[:8] for raylet in found))
     raise RunError(f"several Ray nodes run on this machine ({nodes}); name one with --node ID")
+
+
+def list_raylets(proc: Path = Path("/proc")) -> list[Raylet]:
+    """All Ray nodes on this machine, of whatever cluster."""
+    return [raylet for pid in _processes(proc) if (raylet := _raylet(pid, proc)) is not None]
 
 
 def busy_workers(raylet: Raylet, proc: Path = Path("/proc")) -> list[str]:
