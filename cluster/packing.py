@@ -65,11 +65,16 @@ def holds(files: list[Path], path: str) -> bool:
 
 
 def _git(tree: Path, *which: str) -> set[Path] | None:
-    """What `git ls-files` lists below `tree`; None where there is no checkout, or no git."""
+    """What `git ls-files` lists below `tree`; None where there is no checkout. RunError where git fails in one."""
     try:
         listed = subprocess.run(["git", "ls-files", "-z", *which], cwd=tree, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        here = tree.resolve()
+        if not any((folder / ".git").exists() for folder in (here, *here.parents)):
+            return None
+        said = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
+        reason = (said.strip().splitlines() or ["no reason given"])[0]
+        raise RunError(f"{here}: git does not list the files of this checkout ({reason})") from error
     return {Path(name) for name in listed.stdout.decode(errors="surrogateescape").split("\0") if name}
 
 

@@ -45,8 +45,14 @@ def test_list_files__without_git_no_data_no_runs_no_environment(tmp_path: Path):
         "data/a.tar",
         "a/__pycache__/b",
     )
-    write(tmp_path, "shards/0.tar", "work/checkpoints/step_1/state.pt", ".git/config")
+    write(tmp_path, "shards/0.tar", "work/checkpoints/step_1/state.pt", ".ruff_cache/x")
     assert listed(tmp_path) == ["dicm.py", "recipes/mine.yaml"]
+
+
+def test_list_files__of_a_checkout_that_git_cannot_read_is_refused(tmp_path: Path):
+    write(tmp_path, "dicm.py", "large.bin", ".git/config")  # what git would ignore is not known
+    with pytest.raises(RunError, match="git does not list the files of this checkout"):
+        list_files(tmp_path)
 
 
 def test_list_files__links_out_of_the_tree_stay_behind(tmp_path: Path):

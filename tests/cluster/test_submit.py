@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import NARROW, REPOSITORY, SHORT, Result, assert_refused, dicm
 
@@ -25,11 +27,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 RAY_ENVIRONMENT = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-QUICK = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    "OMP_NUM_THREADS": "1",
-}
+QUICK = {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass
@@ -87,15 +85,16 @@ def start_node(options: list[str], environment: dict[str, str]) -> None:
 
 
 def end_processes_of(folder: str, port: str) -> None:
-    """Kill a cluster's processes, which name its folder or port; `ray stop` would end those of others too."""
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit() and path.name != str(os.getpid()):
-            try:
-                words = (path / "cmdline").read_text(errors="replace")
-                if folder in words or ("ray" in words and f":{port}" in words):
-                    os.kill(int(path.name), signal.SIGKILL)
-            except OSError:  # ended meanwhile
-                continue
+    """Kill a cluster's processes, which name its folder or port, and theirs; `ray stop` would end those of others too."""
+    ours = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = " ".join(process.cmdline())
+            if folder in words or ("ray" in words and f":{port}" in words):
+                ours += [process, *process.children(recursive=True)]
+    for process in ours:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def free_port() -> int:
@@ -148,6 +147,14 @@ def test_submit__waits_for_the_run_and_exits_as_it_does(cluster: Cluster, scenes
     assert jobs[1][0].strip() in newest and "FAILED" in newest and "seed: 0 there" in newest
     assert_refused(cluster("logs", "two"), "two: no such job or run", jobs[0][0].strip())
     assert "is over already (FAILED)" in cluster("stop", str(run)).stdout
+
+
+def test_submit__two_at_the_same_moment_do_not_both_start(cluster: Cluster, scenes: Path, runs: Path):
+    run = runs / "race"
+    other = f"race-{hashlib.sha256(str(run).encode()).hexdigest()[:6]}-1"  # has begun since we looked
+    words = ["job", "submit", "--address", cluster.address, "--submission-id", other, "--no-wait", "--", "true"]
+    subprocess.run([*RAY, *words], env=cluster.environment, check=True, capture_output=True, timeout=60)
+    assert_refused(cluster("submit", *pretraining(scenes, run)), f"run={run} is the run of job {other}")
 
 
 def test_stop__saves_a_checkpoint_and_the_run_has_one_job_until_then(cluster: Cluster, scenes: Path, runs: Path):
