@@ -21,6 +21,8 @@ if not sys.warnoptions:
 
 import typer
 
+from cluster.cli import app as cluster_app
+from cluster.cli import resolvers
 from data_pipeline.cli import app as data_app
 from downstream.cli import app as downstream_app
 from pretrain.cli import app as pretrain_app
@@ -38,6 +40,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(pretrain_app)
 app.add_typer(downstream_app)
+app.add_typer(cluster_app, name="cluster")
+resolvers.update(pretrain="pretrain.run:resolve", finetune="downstream.finetune:resolve")
 
 
 def main() -> None:
