@@ -48,6 +48,7 @@ import torch  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
+from cluster.clocks import check_clocks  # noqa: E402
 from cluster.errors import PeerLost, Restart, RunError, is_ours, portable  # noqa: E402
 from cluster.exchange import Exchange, MessageHandler, MessageReader  # noqa: E402
 from cluster.failures import cause_of, is_peer_lost  # noqa: E402
@@ -152,6 +153,7 @@ def _worker(options: dict[str, Any]) -> None:
         torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
     logging.getLogger().addHandler(MessageHandler(exchange, str(runtime.rank)))
     try:
+        check_clocks(runtime, exchange.place_of)
         options["function"](runtime, options["config"])
     except Exception as error:
         if is_ours(error):

@@ -171,7 +171,7 @@ def log_recovery(logger: MetricsLogger, runtime: Runtime, step: int) -> None:
     `seconds` lie between the moment when the controller noticed and this one, by the clocks of the two nodes.
     """
     if (cause := runtime.interruption) is not None:
-        seconds = round(time.time() - cause.time, 2)
+        seconds = round(max(0.0, time.time() - cause.time), 2)
         logger.log(step, {"event": cause.event, "reason": cause.reason, "world": runtime.world, "seconds": seconds})
 
 

@@ -32,6 +32,7 @@ from cluster.failures import cause_of
 LOOK_SECONDS = 1.0  # between looks at the nodes of a running group
 ANSWER_SECONDS = 2.0  # within which a node's raylet accepts a connection
 WAIT_WARNING_SECONDS = 30.0
+RELEASE_SECONDS = 0.3
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +161,9 @@ class LiveNodesPolicy(ElasticScalingPolicy):
 
     def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> Any:
         """Keep workers off nodes that are gone, or about to go, before Ray knows."""
+        # The places of the last group are free in a moment; a reservation that comes before is tried again a second
+        # later.
+        time.sleep(RELEASE_SECONDS)
         if not (out := [*self._gone, *_draining_nodes()]):
             return None
         return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(out)})"}

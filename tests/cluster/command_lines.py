@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,9 @@ def check_command_line(words: list[str]) -> None:
     if name == "submit":
         check_command_line(["dicm", *values["words"]])
     elif name == "pretrain":
-        from pretrain.config import PretrainConfig
         from pretrain.run import resolve
 
-        resolve(values["recipe"], _known(PretrainConfig, values["overrides"]))
+        resolve(values["recipe"], list(values["overrides"]))
     elif name == "finetune":
         from downstream.finetune import resolve as resolve_task
 
@@ -55,9 +53,3 @@ def _parse(command: Any, words: list[str]) -> tuple[str, dict[str, Any]]:
         name, *words = words
         command = command.commands[name]
     return name, command.make_context(name, words).params
-
-
-def _known(schema: type, overrides: list[str] | None) -> list[str]:
-    """Overrides, but for a group of options that this version of `schema` does not have at all."""
-    there = {field.name for field in fields(schema)}
-    return [one for one in overrides or [] if not (one.startswith("cluster.") and "cluster" not in there)]

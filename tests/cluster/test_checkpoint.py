@@ -258,3 +258,120 @@ def test_save__killed_at_any_moment_leaves_a_whole_newest(tmp_path: Path):
         last = step
     store.save(last + 1, state())
     assert not list(tmp_path.glob(".step_*"))
+
+
+def test_save_soon__what_is_written_is_the_state_of_that_moment(tmp_path: Path):
+    store, weights = CheckpointStore(tmp_path), torch.zeros(3_000_000)
+    store.save_soon(1, {"model": weights})
+    weights.fill_(1.0)  # training goes on
+    store.wait()
+    assert not CheckpointStore(tmp_path).load(1)["model"].any()
+
+
+def test_save_soon__an_error_comes_with_the_next_call_and_earlier_ones_stay(tmp_path: Path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.save(1, state())
+    (tmp_path / "checkpoints" / f".step_00000002.{os.getpid()}").write_text("in the way")
+    store.folder._remove_leftovers = lambda: None  # type: ignore[union-attr]  # or it would clear the way
+    store.save_soon(2, state())
+    with pytest.raises(CheckpointError, match=r"checkpoint of step 2 could not be written.*earlier ones are whole"):
+        store.save_soon(3, state())
+    assert CheckpointStore(tmp_path / "checkpoints").newest() == 1
+
+
+def test_on_saved__called_once_the_checkpoint_is_complete(tmp_path: Path):
+    there: list[tuple[int, list[int]]] = []
+    store = CheckpointStore(tmp_path, on_saved=lambda step: there.append((step, CheckpointStore(tmp_path).steps())))
+    store.save_soon(1, state())
+    store.save_soon(2, state())
+    store.wait()
+    assert there == [(1, [1]), (2, [1, 2])]
+
+
+def test_save__keeps_the_newest_one_in_so_many_steps_and_the_best(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=2, keep_every=100, keep_best=True)
+    for step in range(10, 260, 10):
+        store.save(step, state(), score=0.9 if step == 70 else 0.5)
+    assert store.steps() == [10, 70, 100, 200, 240, 250]
+
+
+def test_note_score__a_better_one_takes_its_place(tmp_path: Path):
+    store = CheckpointStore(tmp_path, keep=1, keep_best=True)
+    for step, score in ((1, 0.2), (2, 0.7), (3, 0.4), (4, 0.6)):
+        store.save(step, state())
+        store.note_score(step, score)
+    assert store.steps() == [2, 4]
+    assert CheckpointStore(tmp_path).newest() == 4
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch):
+    """A bucket on an S3 server of this machine."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    files = s3fs.S3FileSystem(use_listings_cache=False)
+    yield files
+    files.rm("bucket", recursive=True)
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_store__on_s3_as_in_a_folder(s3):
+    url = "s3://bucket/runs/one/checkpoints"
+    store = CheckpointStore(url, keep=2)
+    assert store.newest() is None
+    for step in (1, 2, 3):
+        store.save_soon(step, state(float(step)))
+    store.wait()
+    other = CheckpointStore(url)
+    assert other.steps() == [2, 3]
+    assert other.newest() == 3
+    assert other.load(3)["model"]["weight"][0] == 3.0
+    assert sorted(s3.ls("bucket/runs/one/checkpoints/step_00000003")) == [
+        "bucket/runs/one/checkpoints/step_00000003/manifest.json",
+        "bucket/runs/one/checkpoints/step_00000003/state.pt",
+    ]
+
+
+def test_store__on_s3_names_what_is_damaged_and_takes_no_half(s3):
+    url = "s3://bucket/checkpoints"
+    store = CheckpointStore(url)
+    store.save(1, state())
+    store.save(2, state())
+    data = bytearray(s3.cat_file("bucket/checkpoints/step_00000002/state.pt"))
+    data[-40] ^= 1
+    s3.pipe_file("bucket/checkpoints/step_00000002/state.pt", bytes(data))
+    s3.pipe_file("bucket/checkpoints/step_00000003/state.pt", b"as far as the node got")
+    named: list[tuple[str, str]] = []
+    again = CheckpointStore(url, on_broken=lambda name, fault: named.append((name, fault)))
+    assert again.newest() == 1
+    assert [name for name, _ in named] == [f"{url}/step_00000002"]
+    assert "sha256" in named[0][1]
+
+
+def test_store__that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(CheckpointError, match=r"s3://bucket/checkpoints: cannot be read.*check the address") as caught:
+        CheckpointStore("s3://bucket/checkpoints").newest()
+    assert "\n" not in str(caught.value)
+
+
+def test_store__of_an_unknown_kind_is_refused():
+    with pytest.raises(CheckpointError, match="checkpoints=ftps3://bucket cannot be opened"):
+        CheckpointStore("ftps3://bucket")

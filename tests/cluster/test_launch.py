@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions b
 from worker_functions import (
     Options,
     die,
+    die_once,
     facts_of,
     fail_with_our_error,
     step_until_told,
@@ -115,6 +117,15 @@ def test_launch__workers_lost_too_often_are_named_and_the_others_do_not_hang(
         on_ray(die, tmp_path, max_failures=1)
     assert "\n" not in str(caught.value)
     assert re.search(rf"{lost}.*; going on from the newest checkpoint", caplog.text)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_launch__goes_on_after_a_lost_worker(tmp_path: Path):
+    on_ray(die_once, tmp_path)
+    ended = [json.loads((tmp_path / f"ended_{rank}").read_text()) for rank in range(2)]
+    assert ended == [[2, "recovered"], [2, "recovered"]]
 
 
 @pytest.mark.cluster

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions b
 
 from worker_functions import (
     Options,
+    clocks_apart,
     die,
     facts_of,
     fail_with_a_bug,
@@ -175,3 +176,10 @@ def test_run__workers_end_with_the_process_that_started_them(tmp_path: Path):
 def test_run__what_cannot_be_launched_is_named(tmp_path: Path, workers: int, launcher: str, word: str):
     with pytest.raises(RunError, match=word):
         run(step_until_told, Options(str(tmp_path)), workers=workers, launcher=launcher, run_dir=str(tmp_path))
+
+
+def test_check_clocks__a_node_minutes_behind_is_named(tmp_path: Path):
+    run(clocks_apart, Options(str(tmp_path)), workers=2, launcher="local", run_dir=str(tmp_path))
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("worker 1 on node far-1: its clock is 300 s behind rank 0's")
+    assert "\n" not in said

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from cluster.clocks import check_clocks
 from cluster.errors import CheckpointError
 from cluster.runtime import Runtime
 
@@ -90,3 +91,28 @@ def step_until_told(runtime: Runtime, options: Options) -> None:
             return
         Path(options.folder, "begun").touch()
         time.sleep(0.02)
+
+
+def clocks_apart(runtime: Runtime, options: Options) -> None:
+    """The clock of one rank is five minutes behind; what rank 0 says of it goes to FOLDER/said."""
+    now = time.time
+    if runtime.rank == options.rank:
+        time.time = lambda: now() - 300  # as the process sees it on such a node
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cluster.clocks").addHandler(handler)
+    check_clocks(runtime, lambda rank: f"worker {rank} on node far-{rank}")
+    if runtime.rank == 0:
+        Path(options.folder, "said").write_text("\n".join(said))
+
+
+def die_once(runtime: Runtime, options: Options) -> None:
+    """Killed in mid-run the first time; then every rank says that it has ended."""
+    runtime.barrier()
+    if runtime.rank == options.rank and not Path(options.folder, "died").exists():
+        Path(options.folder, "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    runtime.barrier()
+    event = runtime.interruption.event if runtime.interruption else None
+    Path(options.folder, f"ended_{runtime.rank}").write_text(json.dumps([runtime.world, event]))
