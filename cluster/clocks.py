@@ -1,4 +1,4 @@
-"""Clocks of nodes that are apart: training does not mind, but times in logs do, and stores refuse what is out of time."""
+"""Clocks of nodes that are apart: training does not mind, but times in logs do, and stores refuse such requests."""
 
 from __future__ import annotations
 
