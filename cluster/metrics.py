@@ -55,7 +55,7 @@ class MetricsLogger:
         step: int = 0,
         publish: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
-        self.enabled, self.publish = rank == 0, publish
+        self.enabled, self.publish, self.recoveries = rank == 0, publish, 0
         if not self.enabled:
             return
         from torch.utils.tensorboard import SummaryWriter  # half a second that other ranks need not spend
@@ -64,6 +64,7 @@ class MetricsLogger:
         path = self.run / METRICS
         with self._writing():
             rows = [row for row in read_rows(path) if row["step"] <= step or "event" in row]
+            self.recoveries = sum("event" in row for row in rows)
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             self._file = path.open("a")
             self._writer = SummaryWriter(self.run / "tensorboard", purge_step=step + 1)
@@ -172,7 +173,8 @@ def log_recovery(logger: MetricsLogger, runtime: Runtime, step: int) -> None:
     """
     if (cause := runtime.interruption) is not None:
         seconds = round(max(0.0, time.time() - cause.time), 2)
-        logger.log(step, {"event": cause.event, "reason": cause.reason, "world": runtime.world, "seconds": seconds})
+        row = {"event": cause.event, "reason": cause.reason, "world": runtime.world, "seconds": seconds}
+        logger.log(step, {**row, "recoveries": logger.recoveries + 1})
 
 
 class ProgressFollower:

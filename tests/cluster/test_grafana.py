@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
+from cluster.gauges import GAUGES
+
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "manifests" / "grafana_dashboard.json"
-METRICS = (
-    "dicm_step", "dicm_loss", "dicm_bpp", "dicm_images_per_second", "dicm_images_per_second_per_worker",
-    "dicm_step_seconds", "dicm_data_wait", "dicm_world", "dicm_learning_rate", "dicm_gpu_memory_bytes",
-    "dicm_recoveries_total", "dicm_recovery_seconds",
-)  # fmt: skip
+METRICS = {gauge.name for gauge in GAUGES.values()}
 COLUMNS = 24  # of Grafana's grid
-FUNCTIONS = {"max", "avg", "by", "increase"}
+FUNCTIONS = {"max", "avg", "by", "delta"}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +42,12 @@ def test_dashboard__asks_for_metrics_of_runs_alone(dashboard):
 
 def test_dashboard__shows_every_metric(dashboard):
     shown = {name for expression in expressions(dashboard) for name in re.findall(r"ray_(\w+)\{", expression)}
-    assert shown == set(METRICS)
+    assert shown == METRICS
 
 
 def test_dashboard__recoveries_are_annotations(dashboard):
     (annotation,) = dashboard["annotations"]["list"]
-    assert annotation["enable"] and "ray_dicm_recoveries_total{" in annotation["expr"]
+    assert annotation["enable"] and "ray_dicm_recoveries{" in annotation["expr"]
 
 
 def test_dashboard__variables_choose_data_source_and_run(dashboard):
