@@ -27,7 +27,5 @@ GAUGES = {
     "lr": GaugeFacts("dicm_learning_rate", "Learning rate."),
     "gpu_memory": GaugeFacts("dicm_gpu_memory_bytes", "Most memory that rank 0 had allocated on its GPU."),
     "recoveries": GaugeFacts("dicm_recoveries", "How often another group of workers took over."),
-    "seconds": GaugeFacts(
-        "dicm_recovery_seconds", "Seconds from the notice of the last interruption to the next step."
-    ),
+    "seconds": GaugeFacts("dicm_recovery_seconds", "Seconds from the last interruption's notice to the next step."),
 }

@@ -14,6 +14,7 @@ from cluster.gauges import GAUGES
 from cluster.runtime import Interruption, Notice, Runtime
 
 POLL_SECONDS = 0.5
+INTERRUPTIONS = {"lost": "recovered", "resized": "resized", "drained": "drained"}
 
 
 class RayRuntime(Runtime):
