@@ -56,11 +56,13 @@ from cluster.options import ClusterConfig  # noqa: E402
 from cluster.policies import Group, LiveNodesPolicy, RecoveryPolicy  # noqa: E402
 from cluster.ray_runtime import RayRuntime  # noqa: E402
 from cluster.runtime import Notice, Runtime, on_sigterm, threads_per_worker  # noqa: E402
+from cluster.starting import pause_collection, resume_collection  # noqa: E402
 
 C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
 MESSAGE_POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
+SETUP_HOOK = "worker_process_setup_hook"
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +150,7 @@ def _worker(options: dict[str, Any]) -> None:
             f"{exchange.run}: the run folder is not there on node {ray.util.get_node_ip_address()}; "
             "name one on storage that all nodes share, run=DIR"
         )
+    resume_collection()
     runtime = RayRuntime(exchange)
     if runtime.device.type == "cpu":
         torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
@@ -220,13 +223,15 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address:
-            ray.init(address, runtime_env={"env_vars": _settings() | {"PYTHONPATH": _import_path()}}, **quiet)
+            environment = _settings() | {"PYTHONPATH": _import_path()}
+            ray.init(address, runtime_env={"env_vars": environment, SETUP_HOOK: pause_collection}, **quiet)
         else:
             with _environment("PYTHONPATH", _import_path()):
                 ray.init(
                     "local",
                     num_cpus=max(num_cpus, os.cpu_count() or 1),
                     include_dashboard=False,
+                    runtime_env={SETUP_HOOK: pause_collection},
                     object_store_memory=OBJECT_STORE_BYTES,
                     **quiet,
                 )

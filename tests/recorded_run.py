@@ -27,6 +27,7 @@ from pretrain.run import check_data, check_earlier_run, resolve
 from pretrain.trainer import Trainer
 
 # A busy machine must not pass for a dead node: what tests kill, the policies notice by themselves.
+OBJECT_STORE = 100 * 2**20
 PATIENT = {"health_check_failure_threshold": 60}
 
 
@@ -176,34 +177,28 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def nodes(*num_cpus: int) -> Iterator[Any]:
-    """A Ray cluster of raylets on this machine: a head without CPUs, and a node for each number; yields the Cluster."""
-    import ray
+    """A Ray cluster of raylets on this machine, which `launch` finds by RAY_ADDRESS: a head without CPUs, and a node for
+    each number; yields the Cluster."""
     from ray.cluster_utils import Cluster
 
-    from cluster.launch import _settings
-
-    os.environ.update(_settings())
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20,
-                                                            "include_dashboard": False,
-                                                            "_system_config": PATIENT})  # fmt: skip
+    head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False, "_system_config": PATIENT}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = cluster.address
     try:
         cluster.workers = [add_node(cluster, count) for count in num_cpus]
-        ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
         yield cluster
     finally:
-        ray.shutdown()
         cluster.shutdown()
-        if path is None:
-            del os.environ["PYTHONPATH"]
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
         else:
-            os.environ["PYTHONPATH"] = path
+            os.environ["RAY_ADDRESS"] = before
 
 
 def add_node(cluster: Any, num_cpus: int = 1) -> Any:
     """One more node; on the main thread alone."""
-    return cluster.add_node(num_cpus=num_cpus, object_store_memory=100 * 2**20)
+    return cluster.add_node(num_cpus=num_cpus, object_store_memory=OBJECT_STORE)
 
 
 def kill_node(cluster: Any, node: Any) -> float:
@@ -213,14 +208,13 @@ def kill_node(cluster: Any, node: Any) -> float:
     return now
 
 
-def drain_node(node: Any, seconds: float = 120.0) -> float:
+def drain_node(cluster: Any, node: Any, seconds: float = 120.0) -> float:
     """The notice that a node goes in so many seconds, as a cloud gives it; returns the time."""
-    import ray
     from ray._raylet import GcsClient
     from ray.core.generated import autoscaler_pb2
 
     now = time.time()
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    client = GcsClient(address=cluster.address)
     accepted, why = client.drain_node(
         node.node_id, autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION, "a test", int((now + seconds) * 1000)
     )

@@ -1,6 +1,6 @@
 """From a killed node, or a killed worker, to the next training step.
 
-    python tests/benchmarks/recovery.py [--repeat 5] [--random 0] [--data DIR] [--json FILE]
+    python tests/benchmarks/recovery.py [--repeat 5] [--random 0] [--elastic] [--data DIR] [--json FILE]
 
 Pretraining of a narrow codec on two of three raylets of this machine, elastic, checkpoint every 10 steps. Nodes and workers
 are killed in turn with SIGKILL; a killed node is replaced. Figures in --json:
@@ -10,6 +10,7 @@ are killed in turn with SIGKILL; a killed node is replaced. Figures in --json:
   `resize_seconds` (2 here) are waited on purpose.
 - `random`: with --random N, N kills of a worker at moments drawn at random, during saves too: steps done, restarts, whether the
   log of samples is that of an uninterrupted run, and checkpoints that were complete and then missing.
+- `elastic`: with --elastic, the loss over the last epoch of a run on 2, then 1, then 3 workers, over that of one on 2 throughout.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from recorded_run import (
 )
 
 from cluster.checkpoint import CheckpointStore
+from cluster.metrics import read_rows
 from data_pipeline.scenes import write_scenes
 
 
@@ -93,7 +95,7 @@ def measure_kills(data: Path, folder: Path, repeat: int) -> dict[str, Any]:
             settle(run, row)
             print({name: [round(value, 1) for value in values] for name, values in figures.items()}, flush=True)
         done = max(row["step"] for row in read_trace(folder))
-        moment = drain_node(cluster.workers[0])
+        moment = drain_node(cluster, cluster.workers[0])
         row = step_after(run, moment)
         before = [old["step"] for old in read_trace(folder) if old["time"] < row["time"]]
         figures["drain_lost"] = max(max(before), done) - row["step"] + 1
@@ -136,6 +138,43 @@ def measure_random(data: Path, folder: Path, kills: int) -> dict[str, Any]:
     return {"kills": kills, "restarts": restarts, "steps": check_log(config, folder), "committed_lost": missing}
 
 
+def measure_elastic(data: Path, folder: Path) -> dict[str, Any]:
+    """The same run twice: undisturbed, and with a node killed a third of the way and two added at two thirds."""
+    epochs = 30
+    common = ["stages.ssl.epochs=" + str(epochs), "cluster.resize_seconds=2"]
+    calm = options(data, folder / "calm", "workers=2", *common)
+    with nodes(1, 1):
+        run = Run(calm)
+        run.wait(1800)
+    steps = max(row["step"] for row in read_trace(run.folder))
+    restless = options(data, folder / "restless", "workers=3", "cluster.min_workers=1", *common)
+    with nodes(1, 1) as cluster:
+        run = Run(restless)
+        run.wait_for_step(steps // 3, world=2, seconds=900)
+        row = step_after(run, kill_node(cluster, cluster.workers.pop()), world=1)
+        run.wait_for_step(2 * steps // 3, after=row["time"], seconds=900)
+        moment = time.time()
+        cluster.workers += [add_node(cluster), add_node(cluster)]
+        step_after(run, moment, world=3)
+        run.wait(1800)
+    check_log(restless, run.folder)
+    worlds = {row["step"]: row["world"] for row in read_trace(run.folder)}
+    last = [last_loss(Path(config.run), steps // epochs) for config in (calm, restless)]
+    return {
+        "steps": steps,
+        "steps_of_world": {world: list(worlds.values()).count(world) for world in sorted(set(worlds.values()))},
+        "loss_calm": round(last[0], 4),
+        "loss_restless": round(last[1], 4),
+        "ratio": round(last[1] / last[0], 4),
+        "same_samples": sample_log(Path(calm.run)) == sample_log(run.folder),
+    }
+
+
+def last_loss(run: Path, steps: int) -> float:
+    """Mean loss of the last so many steps."""
+    return statistics.fmean([row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row][-steps:])
+
+
 def check_log(config: Any, folder: Path) -> int:
     """See that every step read what an uninterrupted run reads; returns their number."""
     log = sample_log(folder)
@@ -150,6 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--random", type=int, default=0)
+    parser.add_argument("--elastic", action="store_true")
     parser.add_argument("--data", type=Path, help="data set; scenes if not given")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -163,6 +203,8 @@ def main() -> int:
             figures |= measure_kills(data, Path(scratch, "kills"), arguments.repeat)
         if arguments.random:
             figures["random"] = measure_random(data, Path(scratch, "random"), arguments.random)
+        if arguments.elastic:
+            figures["elastic"] = measure_elastic(data, Path(scratch, "elastic"))
     for name, value in figures.items():
         print(f"{name:22s} {value}")
     if arguments.json:

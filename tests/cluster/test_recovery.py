@@ -46,7 +46,7 @@ def test_run__nodes_killed_added_and_drained_leave_the_order_of_samples(data: Pa
         three = run.wait_for_step(1, world=3, after=alone["time"])
         assert three["step"] == last_step(run, 1) + 1  # to grow costs no step
         run.wait_for_step(three["step"] + 3, world=3)
-        drained = drain_node(added[0])
+        drained = drain_node(cluster, added[0])
         two = run.wait_for_step(1, world=2, after=drained)
         assert two["step"] >= last_step(run, 3)  # a drain notice costs one at most
         run.wait_for_step(two["step"] + 5)
