@@ -18,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Run dicm commands as jobs on a Ray
 console = Console()
 INTERRUPTED_CODE = 130
 REFRESH_SECONDS = 2.0
+WIDTH = 1000  # of tables in files and pipes, where whole lines are looked for
 
 # "package.module:function" that makes a config of a recipe and overrides, for each command that has one. This floor may
 # not import those above it; `dicm.py` knows them all.
@@ -79,7 +80,7 @@ def list_jobs(address: Address = None, token_file: TokenFile = None) -> None:
     for job in _jobs(address, token_file).all():
         begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.begun)) if job.begun else "-"
         table.add_row(job.id, job.status, job.run or "-", begun, _time(job), " ".join(job.command.split()[:2]))
-    console.print(table)
+    console.print(table, width=None if console.is_terminal else WIDTH)
 
 
 @app.command()

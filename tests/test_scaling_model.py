@@ -195,6 +195,7 @@ def test_counts__checkpoints_are_files_of_that_size(narrow_counts, scenes: Path,
         stage = trainer._enter_stage(index)
         trainer._train_step(stage, next(iter(trainer._batches(stage))))
         trainer._save(stage)
+        trainer.store.wait()
         written = (tmp_path / "run" / "checkpoints" / f"step_{index + 1:08d}" / "state.pt").stat().st_size
         num_tensors = len(trainer.codec.state_dict()) + len(trainer.method.state_dict()) + 4 * len(stage.parameters)
         assert counts.checkpoint_bytes <= written <= counts.checkpoint_bytes + 512 * num_tensors

@@ -64,8 +64,36 @@ def test_resolve__bad_values_are_named_with_the_remedy(override: str, words: lis
 def test_resolve__recomputation_in_micro_batches_of_several_workers_is_refused():
     options = ["activation_checkpointing=true", "accumulate=2"]
     assert resolve("small", [*DATA, *options, "workers=1"]).accumulate == 2
-    with pytest.raises(ValueError, match=r"accumulate=2.*workers=2.*set accumulate=1"):
+    with pytest.raises(ValueError, match=r"accumulate=2.*workers=2; leave both out"):
         resolve("small", [*DATA, *options, "workers=2"])
+
+
+def test_num_micro_batches__a_worker_holds_no_more_than_it_may():
+    config = resolve("small", [*DATA, "micro_batch=10"])
+    assert [config.num_micro_batches(share) for share in (8, 10, 11, 43, 64)] == [1, 1, 2, 5, 7]
+    assert resolve("small", [*DATA, "micro_batch=10", "accumulate=3"]).num_micro_batches(20) == 3
+    assert resolve("small", DATA).num_micro_batches(64) == 1
+    assert resolve("small", [*DATA, "micro_batch=2"]).num_micro_batches(3) == 1  # batch norm needs two
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cluster.min_workers=3", ["cluster.min_workers=3", "workers=2", "1..2"]),
+        ("cluster.accelerator=tpu", ["cluster.accelerator=tpu", "auto, cpu, gpu"]),
+        ("cluster.placement=near", ["cluster.placement=near", "pack, spread"]),
+        ("cluster.max_failures=-1", ["cluster.max_failures=-1", "at least 0"]),
+        ("cluster.cpus_per_worker=0", ["cluster.cpus_per_worker=0", "at least 1"]),
+        ("cluster.resize_seconds=-2", ["cluster.resize_seconds=-2", "at least 0"]),
+        ("micro_batch=1", ["micro_batch=1", "at least 2"]),
+        ("keep_checkpoints=0", ["keep_checkpoints=0", "at least 1"]),
+        ("keep_every=-5", ["keep_every=-5", "at least 0"]),
+    ],
+)
+def test_resolve__what_no_cluster_can_do_is_refused(override: str, words: list[str]):
+    with pytest.raises(ValueError) as caught:
+        resolve("small", [*DATA, "workers=2", override])
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_resolve__missing_data_is_named():
