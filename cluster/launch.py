@@ -45,6 +45,7 @@ for name, value in DEFAULTS.items():
 import ray  # noqa: E402
 import ray.train  # noqa: E402
 import torch  # noqa: E402
+from ray import cloudpickle  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
@@ -94,8 +95,7 @@ def launch(
         trainer = _Trainer(
             _worker,
             train_loop_config={
-                "function": function,
-                "config": config,
+                "work": cloudpickle.dumps((function, config)),  # the controller need not import what it needs
                 "exchange": exchange,
                 "directory": Path.cwd(),
             },
@@ -122,7 +122,23 @@ class _Trainer(TorchTrainer):
     policies: dict[str, Any]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        return super()._initialize_and_run_controller(**(options | self.policies))
+        function = _Carried(self._get_train_func())
+        return super()._initialize_and_run_controller(**(options | self.policies | {"train_fn_ref": function}))
+
+
+class _Carried:
+    """A function that comes with the call that needs it.
+
+    Ray Train puts it into the object store, and a new node may try for a minute to fetch it from one that is gone.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.data = cloudpickle.dumps(function)
+
+    def get(self) -> Callable[[], Any]:
+        """The function."""
+        function: Callable[[], Any] = cloudpickle.loads(self.data)
+        return function
 
 
 def _fit(trainer: TorchTrainer, run_dir: str, exchange: Exchange) -> None:
@@ -150,14 +166,15 @@ def _worker(options: dict[str, Any]) -> None:
             f"{exchange.run}: the run folder is not there on node {ray.util.get_node_ip_address()}; "
             "name one on storage that all nodes share, run=DIR"
         )
-    resume_collection()
     runtime = RayRuntime(exchange)
     if runtime.device.type == "cpu":
         torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
     logging.getLogger().addHandler(MessageHandler(exchange, str(runtime.rank)))
     try:
         check_clocks(runtime, exchange.place_of)
-        options["function"](runtime, options["config"])
+        function, config = cloudpickle.loads(options["work"])
+        resume_collection()
+        function(runtime, config)
     except Exception as error:
         if is_ours(error):
             raise portable(error) from None
