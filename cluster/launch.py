@@ -57,7 +57,7 @@ from cluster.options import ClusterConfig  # noqa: E402
 from cluster.policies import Group, LiveNodesPolicy, RecoveryPolicy  # noqa: E402
 from cluster.ray_runtime import RayRuntime  # noqa: E402
 from cluster.runtime import Notice, Runtime, on_sigterm, threads_per_worker  # noqa: E402
-from cluster.starting import pause_collection, resume_collection  # noqa: E402
+from cluster.starting import resume_collection, setup_hook  # noqa: E402
 
 C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
@@ -190,18 +190,27 @@ def _told(error: Exception, run_dir: str, exchange: Exchange) -> Exception:
     again = "run the same command again to go on from the newest checkpoint"
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if not failures:
+        if "ModuleNotFoundError" in str(error):
+            again = "install the same dicm at the same place on every node"
         return RunError(f"run={run_dir}: Ray Train could not go on ({_last_line(error)}); {again}")
     cause = cause_of(failures)
     if cause.kind == "bug":
         return RuntimeError(f"worker {cause.rank} failed:\n\n{error}")
     who = "a worker" if cause.rank is None else exchange.place_of(cause.rank)
     if cause.kind == "told" and cause.error is not None:
-        placed = type(cause.error)(f"{cause.error} ({who})")
-        return placed if is_ours(placed) else cause.error
+        return _with_place(cause.error, who)
     if "memory ran out" in cause.reason:
         again = f"give a worker less to hold, micro_batch=N, or more memory; {again}"
     times = f" {lost} times in a row without a new checkpoint" if (lost := exchange.failures()) > 1 else ""
     return RunError(f"run={run_dir}: {who} {cause.what}{times}; {again}")
+
+
+def _with_place(error: Exception, who: str) -> Exception:
+    """An error of ours that also names the worker and its node."""
+    try:
+        return type(error)(f"{error} ({who})")
+    except TypeError:  # one that takes more than a message
+        return error
 
 
 def _resources(least: int, most: int, options: ClusterConfig) -> tuple[ScalingConfig, str]:
@@ -241,14 +250,14 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
     try:
         if address:
             environment = _settings() | {"PYTHONPATH": _import_path()}
-            ray.init(address, runtime_env={"env_vars": environment, SETUP_HOOK: pause_collection}, **quiet)
+            ray.init(address, runtime_env={"env_vars": environment, SETUP_HOOK: setup_hook()}, **quiet)
         else:
             with _environment("PYTHONPATH", _import_path()):
                 ray.init(
                     "local",
                     num_cpus=max(num_cpus, os.cpu_count() or 1),
                     include_dashboard=False,
-                    runtime_env={SETUP_HOOK: pause_collection},
+                    runtime_env={SETUP_HOOK: setup_hook()},
                     object_store_memory=OBJECT_STORE_BYTES,
                     **quiet,
                 )

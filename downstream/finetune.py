@@ -204,8 +204,11 @@ class Finetuner:
         self.task.enter(stage.name)
         self.optimizer = self.task.optimizer()
         self.scheduler = self.task.scheduler(self.optimizer, stage.end - stage.start)
+        self.samples_seen = 0  # of this stage
         if self.step > stage.start:
             state = self.store.load(self.step)
+            # Runs of before workers could change in number had one global batch.
+            self.samples_seen = state.get("samples_seen", (self.step - stage.start) * self.config.batch_size)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
 
@@ -233,7 +236,7 @@ class Finetuner:
             self.task.begin()
         module = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
         global_batch = config.batch_size // runtime.world * runtime.world
-        batches = self.task.batches((self.step - stage.start) * global_batch)
+        batches = self.task.batches(self.samples_seen)
         generator = torch.Generator(self.device)
         self.model.train()
         self.meter.restart()
@@ -246,6 +249,7 @@ class Finetuner:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
+            self.samples_seen += global_batch
             self.meter.step_done(global_batch)
             if self.step == self.first_step + 1:
                 log_recovery(self.logger, runtime, self.step)
@@ -308,7 +312,12 @@ class Finetuner:
 
     def _save(self) -> None:
         if self.runtime.rank == 0:
-            state = {"step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            state = {
+                "step": self.step,
+                "samples_seen": self.samples_seen,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+            }
             self.store.save_soon(self.step, state)
         self.meter.saved()
 

@@ -1,14 +1,14 @@
-"""Two workers beside one, each on a core of its own: images a second of stage `ssl`, weak and strong scaling.
+"""Two workers beside one, each on a core of its own: images a second of stage `ssl`.
 
-    python tests/benchmarks/scaling.py [--steps 24] [--repeat 3] [--batch 32] [--cores 0 1] [--json FILE] [KEY=VALUE ...]
+    python tests/benchmarks/scaling.py [--steps 16] [--repeat 3] [--batch 128] [--cores 0 1] [--json FILE] [KEY=VALUE ...]
 
-Recipe `small` (ResNet-18, 64 px) on procedural scenes, plain torch, one thread a worker, decoding in the worker
-itself. Weak: a worker keeps its batch; strong: two workers share the batch of one. The three runs take turns, and the
-medians over the repeats count. The first rows of a run's metrics.jsonl are left out as warm-up. Two cores of one
-processor share its caches and memory, and gloo copies through the host: more machines have other limits.
+Recipe `small` (ResNet-18, 64 px) on procedural scenes, plain torch, one thread a worker, decoding in the worker itself, the
+recipe's batch for each worker. `two` train together; `apart` are two runs of one worker each at the same time, which know
+nothing of each other: what the machine has for two, memory and caches shared. The runs take turns, and medians over the
+repeats count. The first rows of a run's metrics.jsonl are left out as warm-up.
 
-Figures in --json, for `one`, `weak` and `strong`: `images_per_second`, `data_wait` (share of time, of rank 0) and the values of each
-repeat; `weak_efficiency` and `strong_efficiency`: speed over that of one worker, over two.
+Figures in --json, for `one`, `two` and `apart`: `images_per_second`, `data_wait` (share of time, of rank 0) and the values of each
+repeat; `two_ratio`, `apart_ratio`: speed over that of one worker; `efficiency`: of two over apart.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ ROW_STEPS = 4  # steps between rows
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="options of the recipe")
-    parser.add_argument("--steps", type=int, default=24, help="of a run, warm-up included")
+    parser.add_argument("--steps", type=int, default=16, help="of a run, warm-up included")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=32, help="images of one worker")
+    parser.add_argument("--batch", type=int, default=128, help="images of one worker")
     parser.add_argument("--cores", type=int, nargs=2, help="the first two that there are, if not given")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
@@ -53,53 +53,63 @@ def main() -> None:
     if arguments.steps // ROW_STEPS <= WARM_ROWS:
         parser.error(f"--steps {arguments.steps}: at least {(WARM_ROWS + 1) * ROW_STEPS} are needed, some are warm-up")
 
-    kinds = {"one": (1, arguments.batch), "weak": (2, 2 * arguments.batch), "strong": (2, arguments.batch)}
+    kinds = {"one": 1, "two": 2, "apart": 2}
     rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "scenes"
         write_scenes(data, train=IMAGES, val=1, size=64)
         for repeat in range(arguments.repeat):
-            for kind, (workers, batch) in kinds.items():
+            for kind, workers in kinds.items():
                 run = Path(scratch) / f"{kind}{repeat}"
-                rows[kind].append(steady(data, run, workers, batch, arguments.steps, cores, arguments.overrides))
+                together = 1 if kind == "apart" else workers
+                config = options(data, run, together, arguments.batch, arguments.steps, arguments.overrides)
+                # In processes of their own even where it is one, so that all runs start alike.
+                run_workers(train_pinned, (config, cores, kind == "apart"), workers)
+                rows[kind].append(steady([run, Path(f"{run}_1")] if kind == "apart" else [run]))
     figures = {kind: summary(measured) for kind, measured in rows.items()}
-    one = figures["one"]["images_per_second"]
-    efficiencies = {kind: figures[kind]["images_per_second"] / one / 2 for kind in ("weak", "strong")}
+    one, two, apart = (figures[kind]["images_per_second"] for kind in kinds)
+    ratios = {"two_ratio": two / one, "apart_ratio": apart / one, "efficiency": two / apart}
 
-    table = Table("run", "workers", "batch", "images/s", "least to most", "waiting for data", "efficiency",
+    table = Table("run", "workers", "images/s", "least to most", "waiting for data", "over one",
                   title=f"{arguments.repeat} turns, cores {cores[0]} and {cores[1]}")  # fmt: skip
-    for kind, (workers, batch) in kinds.items():
+    for kind, workers in kinds.items():
         values = figures[kind]["repeats"]
-        efficiency = f"{efficiencies[kind]:.2f}" if kind in efficiencies else ""
-        table.add_row(kind, str(workers), str(batch), f"{figures[kind]['images_per_second']:.1f}",
-                      f"{min(values):.1f} to {max(values):.1f}", f"{100 * figures[kind]['data_wait']:.1f} %", efficiency)  # fmt: skip
+        ratio = f"{ratios[f'{kind}_ratio']:.2f}" if kind != "one" else ""
+        table.add_row(kind, str(workers), f"{figures[kind]['images_per_second']:.1f}",
+                      f"{min(values):.1f} to {max(values):.1f}", f"{100 * figures[kind]['data_wait']:.1f} %", ratio)  # fmt: skip
     Console(width=110).print(table)
+    print(f"two together reach {ratios['efficiency']:.2f} of two apart")
     if arguments.json:
-        found = {**figures, **{f"{kind}_efficiency": value for kind, value in efficiencies.items()}}
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**figures, **ratios}, indent=2) + "\n")
 
 
-def steady(
-    data: Path, run: Path, workers: int, batch: int, steps: int, cores: list[int], overrides: list[str]
-) -> dict[str, float]:
-    """Images a second and the share of waiting of one run, after its warm-up."""
-    options = [f"data={data}", f"run={run}", "launcher=local", f"workers={workers}", "only=[ssl]", "knn_samples=0",
-               f"stages.ssl.batch_size={batch}", f"stages.ssl.epochs={steps * batch / IMAGES}", "ssl.heatmap.warmup=0",
-               f"log_every={ROW_STEPS}", "picture_every=1000000", "checkpoint_every=1000000"]  # fmt: skip
-    config = resolve("small", [*options, *overrides])
-    # In processes of their own even where it is one, so that all runs start alike and this one stays unpinned.
-    run_workers(train_pinned, (config, cores), workers)
-    found = [row for row in read_rows(run / METRICS) if "images_per_second" in row][WARM_ROWS:]
-    return {key: statistics.median(row[key] for row in found) for key in ("images_per_second", "data_wait")}
+def options(data: Path, run: Path, workers: int, batch: int, steps: int, overrides: list[str]) -> PretrainConfig:
+    """A run of so many steps, with `batch` images for each worker."""
+    batch *= workers
+    wanted = [f"data={data}", f"run={run}", "launcher=local", f"workers={workers}", "only=[ssl]", "knn_samples=0",
+              f"stages.ssl.batch_size={batch}", f"stages.ssl.epochs={steps * batch / IMAGES}", "ssl.heatmap.warmup=0",
+              f"log_every={ROW_STEPS}", "picture_every=1000000", "checkpoint_every=1000000"]  # fmt: skip
+    return resolve("small", [*wanted, *overrides])
 
 
-def train_pinned(runtime: Runtime, options: tuple[PretrainConfig, list[int]]) -> None:
-    """A worker: keeps all of its threads on one core."""
-    config, cores = options
+def steady(runs: list[Path]) -> dict[str, float]:
+    """Images a second, of all runs together, and the share of waiting, after their warm-up."""
+    found = [[row for row in read_rows(run / METRICS) if "images_per_second" in row][WARM_ROWS:] for run in runs]
+    speeds = [statistics.median(row["images_per_second"] for row in rows) for rows in found]
+    return {"images_per_second": sum(speeds), "data_wait": statistics.median(row["data_wait"] for row in found[0])}
+
+
+def train_pinned(runtime: Runtime, options: tuple[PretrainConfig, list[int], bool]) -> None:
+    """A worker: keeps all of its threads on one core; apart from the other, it is a run by itself."""
+    config, cores, apart = options
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has just ended
             os.sched_setaffinity(int(thread), {cores[runtime.rank]})
     torch.set_num_threads(1)
+    if apart:
+        if runtime.rank:
+            config.run = f"{config.run}_{runtime.rank}"
+        runtime = Runtime(0, 1, 0, runtime.device)
     pretrain(runtime, config)
 
 
