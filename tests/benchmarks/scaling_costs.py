@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scaling_counts import StageCounts
 
+from cluster.runtime import RANKS_A_STEP
 from data_pipeline.order import ElasticSampler, SampleOrder
 
 DAY, MIB, GIB = 86400.0, 2**20, 2**30
@@ -51,7 +52,7 @@ class Inputs:
     decode: float = 1 / 515  # of an image, on one core
     control_hop: float = 126e-6  # a number from rank to rank through gloo
     checkpoint_write: float = 0.36e9  # bytes a second from one process, hashing and fsync included
-    restart: float = 36.0  # from a node's death to the next step
+    restart: float = 13.0  # from a killed node to the next step, without reading the checkpoint: recovery.py
     # What could be changed; see `changes`.
     exchange: bool = False  # shuffle keys by sending each image to its one new place
 
@@ -183,7 +184,7 @@ def model_step(counts: StageCounts, world: int, batch: int, inputs: Inputs, util
         "key shuffle": shuffled if counts.shuffled_bytes else 0.0,
         "buffers, keys": others,
     }
-    control = 2 * (world - 1) * inputs.control_hop
+    control = 2 * (world - 1) * inputs.control_hop / math.ceil(world / RANKS_A_STEP)
     return Step(
         {**parts, "stop flag": max(0.0, control - sum(parts.values()))},
         {

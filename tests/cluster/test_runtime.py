@@ -20,6 +20,7 @@ from worker_functions import (
     fail_with_a_bug,
     fail_with_our_error,
     step_until_told,
+    told_at_the_third_step,
     write_facts,
 )
 
@@ -183,3 +184,8 @@ def test_check_clocks__a_node_minutes_behind_is_named(tmp_path: Path):
     said = (tmp_path / "said").read_text()
     assert said.startswith("worker 1 on node far-1: its clock is 300 s behind rank 0's")
     assert "\n" not in said
+
+
+def test_should_stop__many_ranks_ask_seldom_and_hear_at_the_same_step(tmp_path: Path):
+    run(told_at_the_third_step, Options(str(tmp_path)), workers=2, launcher="local", run_dir=str(tmp_path))
+    assert {(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)} == {"6"}  # asked at 4, heard at 6

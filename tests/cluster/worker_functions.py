@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import cluster.runtime
 from cluster.clocks import check_clocks
 from cluster.errors import CheckpointError
-from cluster.runtime import Runtime
+from cluster.runtime import Notice, Runtime
 
 
 @dataclass
@@ -116,3 +117,14 @@ def die_once(runtime: Runtime, options: Options) -> None:
     runtime.barrier()
     event = runtime.interruption.event if runtime.interruption else None
     Path(options.folder, f"ended_{runtime.rank}").write_text(json.dumps([runtime.world, event]))
+
+
+def told_at_the_third_step(runtime: Runtime, options: Options) -> None:
+    """One rank of many is told to stop; says at which step it, and each other, heard of it."""
+    cluster.runtime.RANKS_A_STEP = 1  # two are many
+    step = 1
+    if runtime.rank == options.rank:
+        runtime._look_for_notice = lambda: Notice.STOP if step >= 3 else Notice.NONE  # type: ignore[method-assign]
+    while not runtime.should_stop:
+        step += 1
+    Path(options.folder, f"stopped_{runtime.rank}").write_text(str(step))
