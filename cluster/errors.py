@@ -39,3 +39,14 @@ def portable(error: Exception) -> Exception:
     except Exception:
         return RunError(str(error))
     return error if str(copy) == str(error) else RunError(str(error))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says last: of an error that holds another's traceback, what was raised there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

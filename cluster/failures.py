@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.errors import PeerLost, Restart, is_ours
+from cluster.errors import PeerLost, Restart, first_line, is_ours, last_line
 
 # Of gloo and NCCL when the other side is gone, and of a GPU that has fallen off: nothing that our code did.
 NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Ss]ocket")
@@ -56,7 +56,7 @@ def cause_of(failures: Mapping[int, Exception]) -> Cause:
         return Cause("lost", rank, reason_of_death(error), error)
     for rank, error in ranks.items():
         if not isinstance(error, PeerLost):
-            return Cause("bug", rank, _first_line(error), error)
+            return Cause("bug", rank, first_line(error), error)
     for rank, error in ranks.items():
         return Cause("lost", rank, PEER, error)
     return Cause("lost", None, "no worker said why")
@@ -78,14 +78,9 @@ def reason_of_death(error: BaseException) -> str:
         return "it does not answer"
     if "SIGKILL" in text or "connection error code 2" in text:
         return "its process was killed, as the system does when memory runs out"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return last_line(error)
 
 
 def _is_process_lost(error: BaseException) -> bool:
     """Whether Ray reports the process as gone, rather than what ran in it as failed."""
     return type(error).__module__.partition(".")[0] == "ray"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -50,14 +50,14 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 
 from cluster.clocks import check_clocks  # noqa: E402
-from cluster.errors import PeerLost, Restart, RunError, is_ours, portable  # noqa: E402
+from cluster.errors import PeerLost, Restart, RunError, first_line, is_ours, last_line, portable  # noqa: E402
 from cluster.exchange import Exchange, MessageHandler, MessageReader  # noqa: E402
 from cluster.failures import cause_of, is_peer_lost  # noqa: E402
 from cluster.options import ClusterConfig  # noqa: E402
 from cluster.policies import Group, LiveNodesPolicy, RecoveryPolicy  # noqa: E402
 from cluster.ray_runtime import RayRuntime  # noqa: E402
 from cluster.runtime import Notice, Runtime, on_sigterm, threads_per_worker  # noqa: E402
-from cluster.starting import resume_collection, setup_hook  # noqa: E402
+from cluster.starting import environment, resume_collection, setup_hook  # noqa: E402
 
 C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
@@ -146,6 +146,8 @@ def _fit(trainer: TorchTrainer, run_dir: str, exchange: Exchange) -> None:
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        if isinstance(getattr(error, "controller_failure", None), Restart):
+            return  # stopped before there was a worker
         raise _told(error, run_dir, exchange) from None
     except SystemExit:
         raise KeyboardInterrupt from None  # Ray Train's answer to Ctrl-C, after it has ended its workers
@@ -192,7 +194,7 @@ def _told(error: Exception, run_dir: str, exchange: Exchange) -> Exception:
     if not failures:
         if "ModuleNotFoundError" in str(error):
             again = "install the same dicm at the same place on every node"
-        return RunError(f"run={run_dir}: Ray Train could not go on ({_last_line(error)}); {again}")
+        return RunError(f"run={run_dir}: Ray Train could not go on ({last_line(error)}); {again}")
     cause = cause_of(failures)
     if cause.kind == "bug":
         return RuntimeError(f"worker {cause.rank} failed:\n\n{error}")
@@ -249,10 +251,10 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         if address:
-            environment = _settings() | {"PYTHONPATH": _import_path()}
-            ray.init(address, runtime_env={"env_vars": environment, SETUP_HOOK: setup_hook()}, **quiet)
+            variables = _settings() | {"PYTHONPATH": _import_path()}
+            ray.init(address, runtime_env={"env_vars": variables, SETUP_HOOK: setup_hook()}, **quiet)
         else:
-            with _environment("PYTHONPATH", _import_path()):
+            with environment("PYTHONPATH", _import_path()):
                 ray.init(
                     "local",
                     num_cpus=max(num_cpus, os.cpu_count() or 1),
@@ -265,7 +267,7 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
         if address:
             raise _no_cluster(address, error) from error
         raise RunError(
-            f"Ray could not be started on this machine ({_first_line(error)}); use launcher=local to run without it"
+            f"Ray could not be started on this machine ({first_line(error)}); use launcher=local to run without it"
         ) from error
     try:
         yield
@@ -285,7 +287,7 @@ def _check_address(address: str) -> None:
 
 def _no_cluster(address: str, error: Exception) -> RunError:
     return RunError(
-        f"RAY_ADDRESS={address}: no Ray cluster answers ({_first_line(error)}); start one, or unset RAY_ADDRESS to "
+        f"RAY_ADDRESS={address}: no Ray cluster answers ({first_line(error)}); start one, or unset RAY_ADDRESS to "
         "run on this machine"
     )
 
@@ -325,19 +327,6 @@ def _messages_shown(exchange: Exchange) -> Iterator[None]:
         reader.show()
 
 
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def _import_path() -> str:
     """PYTHONPATH for workers: where this process imports from, less what comes with its Python."""
     own = (sys.prefix, sys.base_prefix)
@@ -345,15 +334,6 @@ def _import_path() -> str:
     return os.pathsep.join(dict.fromkeys(path for path in paths if not path.startswith(own)))
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _settings() -> dict[str, str]:
     """The settings above as this process has them: a cluster's own processes were started without them."""
     return {name: os.environ[name] for name in DEFAULTS}
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
@@ -26,6 +27,7 @@ from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScali
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
+from cluster.errors import Restart
 from cluster.exchange import Exchange, MessageHandler
 from cluster.failures import cause_of
 
@@ -102,6 +104,8 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         self._tell_of_lost_nodes(nodes)
         num_workers = self._count_possible_workers(nodes)
         if num_workers < self.scaling_config.min_workers:
+            if self.exchange.stop_asked:
+                raise Restart("stopped while it waited for nodes")
             self._warn_of_waiting(num_workers)
             time.sleep(0.2)  # the controller asks again at once
             return NoopDecision()
@@ -217,9 +221,14 @@ class RecoveryPolicy(FailurePolicy):
             return self._count(f"{self.exchange.place_of(cause.rank)} {cause.what}")
         if isinstance(training_failed_error, ControllerError):
             failure = training_failed_error.controller_failure
+            if isinstance(failure, Restart):
+                return FailureDecision.RAISE  # told to stop while it waited
             if isinstance(failure, RayError) and not isinstance(failure, RayActorError):
                 return FailureDecision.RAISE  # the training function cannot even be loaded
             Group.release()
+            if isinstance(failure, WorkerGroupStartupTimeoutError):
+                logger.warning("the places that were free are taken; trying again")
+                return FailureDecision.RETRY
             return self._count(f"workers could not be started ({type(failure).__name__})")
         return FailureDecision.RAISE
 

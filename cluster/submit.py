@@ -27,6 +27,7 @@ from typing import Any
 from cluster.commands import Command, normal
 from cluster.errors import RunError
 from cluster.packing import write_package
+from cluster.starting import environment
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_SECONDS = 10.0
@@ -101,7 +102,7 @@ class Jobs:
 
         for name in ("ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)  # they say what they upload
-        with self._asking(), _environment("RAY_API_SERVER_ADDRESS", self.address):  # Ray prefers it to the argument
+        with self._asking(), environment("RAY_API_SERVER_ADDRESS", self.address):  # Ray prefers it to the argument
             self._client = JobSubmissionClient(self.address, headers=headers)
 
     def submit(self, command: Command, tree: Path, files: list[Path]) -> Job:
@@ -294,16 +295,3 @@ def _reason(error: BaseException) -> str:
 
 def _first_line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[0]
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

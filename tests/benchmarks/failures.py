@@ -2,8 +2,8 @@
 
     python tests/benchmarks/failures.py [--failures 200] [--json FILE]
 
-Each life of the run is a forked process that goes on from the newest checkpoint and gets SIGKILL at a moment drawn at random
-after its first step, one in ten before it; often while a checkpoint is written: one is, every third step. After so many failures the run is left alone. Figures
+Each life of the run is a forked process that goes on from the newest checkpoint and gets SIGKILL up to 0.3 s after its first to
+seventh step, one in ten before any; often while a checkpoint is written: one is, every third step. After so many failures the run is left alone. Figures
 in --json: `failures`, `steps`, `repeated` (steps that were done more than once), `saves_hit` (kills that left a checkpoint half
 written), `differing` (tensors of the last checkpoint that differ from those of the uninterrupted run; 0 is the claim),
 `order` (whether every step read the samples that it should).
@@ -32,8 +32,12 @@ from data_pipeline.scenes import write_scenes
 from pretrain.config import PretrainConfig
 
 
-def live(config: PretrainConfig, seconds: float | None, early: bool = False) -> bool:
-    """One life of a run, at most so long after its first step, or its start; True where it came to its end."""
+def live(config: PretrainConfig, steps: int | None = None, delay: float = 0.0) -> bool:
+    """One life of a run, until `delay` seconds after so many steps; to its end where it has no such number.
+
+    Returns:
+        Whether it came to its end.
+    """
     child = os.fork()
     if child == 0:
         code = 1
@@ -42,16 +46,14 @@ def live(config: PretrainConfig, seconds: float | None, early: bool = False) -> 
             code = 0
         finally:
             os._exit(code)
-    if seconds is not None:
+    if steps is not None:
         trace = Path(config.run, "trace", f"{child}_0.jsonl")
-        end = time.monotonic() + seconds if early else None
-        while end is None or time.monotonic() < end:
-            if end is None and trace.exists():
-                end = time.monotonic() + seconds
+        while steps and not (trace.exists() and trace.read_bytes().count(b"\n") >= steps):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 return _came_to_its_end(status)
             time.sleep(0.002)
+        time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     return _came_to_its_end(os.waitpid(child, 0)[1])
 
@@ -72,17 +74,19 @@ def measure(failures: int, folder: Path) -> dict[str, Any]:
     small = ["workers=1", "stages.ssl.batch_size=8", f"stages.ssl.epochs={failures // 3 + 5}", "checkpoint_every=3"]
     broken, whole = (options(data, folder / name, *small) for name in ("broken", "whole"))
     start = time.perf_counter()
-    live(whole, None)
+    live(whole)
     print(f"uninterrupted: {time.perf_counter() - start:.0f} s", flush=True)
     half: set[str] = set()  # their names hold the process that wrote them
     for failure in range(failures):
-        if live(broken, random.uniform(0.0, 0.8), early=random.random() < 0.1):
+        early = random.random() < 0.1
+        steps, delay = (0, random.uniform(0.1, 1.5)) if early else (random.randint(1, 7), random.uniform(0.0, 0.3))
+        if live(broken, steps, delay):
             raise SystemExit(f"the run was complete after {failure} failures; make it longer")
         half |= {path.name for path in (folder / "broken" / "checkpoints").glob(".step_*")}
         if failure % 20 == 19:
             rows = read_trace(folder / "broken")
             print(f"{failure + 1} failures, step {rows[-1]['step']}, {len(half)} during a save", flush=True)
-    live(broken, None)
+    live(broken)
     first, second = state_of(folder / "broken"), state_of(folder / "whole")
     rows, log = read_trace(folder / "broken"), sample_log(folder / "broken")
     return {

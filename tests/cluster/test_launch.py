@@ -144,6 +144,23 @@ def test_launch__sigterm_lets_every_worker_stop_at_the_same_step(tmp_path: Path)
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_launch__stops_while_it_waits_for_nodes_and_says_what_it_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    def tell() -> None:
+        while "waiting for nodes" not in caplog.text:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    on_ray(write_facts, tmp_path, cpus_per_worker=1000)
+    assert "room for 0 of at least 2 workers (1000 CPU each); waiting for nodes" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_launch__ctrl_c_ends_the_workers_and_leaves_the_terminal_clean(tmp_path: Path):
     program = (
         "import sys\n"
