@@ -80,7 +80,7 @@ def list_jobs(address: Address = None, token_file: TokenFile = None) -> None:
     for job in _jobs(address, token_file).all():
         begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.begun)) if job.begun else "-"
         table.add_row(job.id, job.status, job.run or "-", begun, _time(job), " ".join(job.command.split()[:2]))
-    console.print(table, width=None if console.is_terminal else WIDTH)
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
 
 
 @app.command()
