@@ -21,7 +21,8 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +94,7 @@ class CheckpointStore:
     ) -> None:
         if keep < 1:
             raise CheckpointError(f"{folder}: keep={keep} checkpoints; keep at least 1")
-        self.where = folder if isinstance(folder, str) else str(folder)
+        self.where = str(folder)
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.on_broken, self.on_saved = on_broken or _warn, on_saved
         try:
@@ -213,8 +214,8 @@ class CheckpointStore:
             self.on_saved(step)
         self._drop(step)
 
-    def _writing(self, step: int) -> _Writing:
-        return _Writing(f"{self.where}: the checkpoint of step {step} could not be written")
+    def _writing(self, step: int) -> AbstractContextManager[None]:
+        return _writing(f"{self.where}: the checkpoint of step {step} could not be written")
 
     def _found(self) -> list[int]:
         try:
@@ -279,23 +280,19 @@ class CheckpointStore:
         return f"{self.where.rstrip('/')}/{step_name(step)}"
 
 
-class _Writing:
+@contextmanager
+def _writing(what: str) -> Iterator[None]:
     """Turns what a disk or a store says while it is written to into one line."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None:
-        """Nothing to do."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, TypeError):
-            return
+    try:
+        yield
+    except TypeError:  # of what is written, not of where
+        raise
+    except Exception as error:  # the stores' libraries share no class of their own
         full = isinstance(error, OSError) and error.errno in FULL
         reason = (isinstance(error, OSError) and error.strerror) or _reason(error)
         remedy = "free some space" if full else "see that it can be written to"
         raise CheckpointError(
-            f"{self.what} ({reason}); earlier ones are whole; {remedy} and run the same command again"
+            f"{what} ({reason}); earlier ones are whole; {remedy} and run the same command again"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """A drain notice for the node that this process runs on: training saves and moves before the node goes away.
 
 What Kubernetes, or a cloud that takes a spot machine back, allows before the end is passed to Ray as a deadline. Ray
-then starts nothing new on the node, and tells Ray Train, which has the run save and go on without it.
+then starts nothing new on the node, and the controller of a run sees the notice (`cluster.policies`): the run saves and
+goes on without the node.
 """
 
 from __future__ import annotations

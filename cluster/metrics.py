@@ -120,8 +120,7 @@ class StepMeter:
     """Speed of training, and what it waited for, since the last reading; times in seconds.
 
     Args:
-        world: number of workers.
-        device: of this one; a GPU's memory is read, too.
+        runtime: its group's size is what speed is divided by; of a GPU, the memory is read, too.
     """
 
     def __init__(self, runtime: Runtime) -> None:

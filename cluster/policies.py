@@ -31,7 +31,7 @@ from cluster.errors import Restart
 from cluster.exchange import Exchange, MessageHandler
 from cluster.failures import cause_of
 
-LOOK_SECONDS = 1.0  # between looks at the nodes of a running group
+LOOK_SECONDS = 1.0  # between looks at the nodes
 ANSWER_SECONDS = 2.0  # within which a node's raylet accepts a connection
 WAIT_WARNING_SECONDS = 30.0
 RELEASE_SECONDS = 0.3
@@ -85,6 +85,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         super().__init__(scaling)
         self.exchange, self.autoscaled = exchange, autoscaled
         self._gone: list[str] = []
+        self._told: set[str] = set()  # nodes whose loss was reported
         self._next_look = self._next_warning = 0.0
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -98,7 +99,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):
             super()._maybe_send_resource_request()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start with what there is room for, once it is certain which nodes that are."""
+        """Start with what there is room for; wait where that is too little."""
         self._maybe_send_resource_request()
         nodes = self._get_reserved_resources()
         self._tell_of_lost_nodes(nodes)
@@ -107,7 +108,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):
             if self.exchange.stop_asked:
                 raise Restart("stopped while it waited for nodes")
             self._warn_of_waiting(num_workers)
-            time.sleep(0.2)  # the controller asks again at once
+            time.sleep(LOOK_SECONDS)  # the controller asks again at once
             return NoopDecision()
         self.exchange.clear_restart()
         self.exchange.add_event("start", world=num_workers)
@@ -178,7 +179,8 @@ class LiveNodesPolicy(ElasticScalingPolicy):
             for worker in (Group.state.workers if Group.state is not None else [])
         }
         for node, address in places.items():
-            if node not in nodes and node not in _draining_nodes():
+            if node not in nodes and node not in self._told and node not in _draining_nodes():
+                self._told.add(node)
                 logger.warning("node %s (%s) does not answer; its workers are lost", address, node[:8])
 
     def _warn_of_waiting(self, num_workers: int) -> None:

@@ -5,18 +5,18 @@ Needs no cluster: whoever sees the run folder sees the run. A value that the row
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import yaml
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
 
+from cluster.checkpoint import CheckpointStore
+from cluster.errors import CheckpointError
 from cluster.metrics import METRICS, read_rows
 
 RECENT_ROWS = 20  # over which the speed is taken that the time left follows from
@@ -95,12 +95,9 @@ def newest_checkpoint(run: Path) -> int | None:
     except (OSError, yaml.YAMLError, AttributeError):
         place = str(run / "checkpoints")
     try:
-        storage, folder = fsspec.core.url_to_fs(place)
-        manifests = storage.glob(f"{folder}/step_*/manifest.json")
-    except Exception:  # whatever a storage raises: the table is worth showing without it
+        return max(CheckpointStore(place).steps(), default=None)
+    except CheckpointError:  # the table is worth showing without it
         return None
-    steps = [int(found.group(1)) for path in manifests if (found := re.search(r"step_(\d+)/manifest\.json$", path))]
-    return max(steps, default=None)
 
 
 def show(run: Path, console: Console, *, every: float | None = None) -> None:

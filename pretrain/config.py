@@ -109,7 +109,9 @@ class PretrainConfig:
         self.views.validate()
         _one_of("launcher", self.launcher, LAUNCHERS)
         _one_of("precision", self.precision, PRECISIONS)
-        for key in ("workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every"):
+        for key in (
+            "workers", "accumulate", "image_size", "canvas_size", "log_every", "checkpoint_every", "keep_checkpoints",
+        ):  # fmt: skip
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
         self.cluster.validate(self.workers)
@@ -120,9 +122,8 @@ class PretrainConfig:
         _image_size("image_size", self.image_size)
         if self.micro_batch is not None and self.micro_batch < 2:
             raise ConfigError(f"micro_batch={self.micro_batch} is impossible; batch norm needs at least 2 images")
-        if self.keep_checkpoints < 1 or self.keep_every < 0:
-            key = "keep_checkpoints" if self.keep_checkpoints < 1 else "keep_every"
-            raise ConfigError(f"{key}={getattr(self, key)} is impossible; it must be at least {int(key[5] == 'c')}")
+        if self.keep_every < 0:
+            raise ConfigError(f"keep_every={self.keep_every} is impossible; it must be at least 0")
         if self.activation_checkpointing and self.workers > 1 and (self.accumulate > 1 or self.micro_batch is not None):
             # DDP learns its static graph (see Stage) in the first backward pass, which cannot be a partial one.
             raise ConfigError(

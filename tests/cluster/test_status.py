@@ -8,6 +8,7 @@ from typing import Any
 from conftest import dicm
 from rich.console import Console
 
+from cluster.checkpoint import CheckpointStore
 from cluster.status import newest_checkpoint, seconds_left, show, status_table
 
 ROW = {
@@ -93,10 +94,10 @@ def test_newest_checkpoint__of_the_complete_ones_wherever_they_lie(tmp_path: Pat
     assert newest_checkpoint(tmp_path) is None
     for place in ("checkpoints", "elsewhere"):
         for step, whole in ((200, True), (400, place == "elsewhere"), (600, False)):
-            folder = tmp_path / place / f"step_{step:08d}"
-            folder.mkdir(parents=True)
             if whole:
-                (folder / "manifest.json").write_text("{}")
+                CheckpointStore(tmp_path / place, keep=9).save(step, {"step": step})
+            else:
+                (tmp_path / place / f"step_{step:08d}").mkdir(parents=True)
     assert newest_checkpoint(tmp_path) == 200
     (tmp_path / "config.yaml").write_text(f"checkpoints: file://{tmp_path}/elsewhere\n")
     assert newest_checkpoint(tmp_path) == 400
