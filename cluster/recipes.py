@@ -5,7 +5,7 @@
     stages:                           # a list of dataclasses with a `name`: merged and addressed by it
       - {name: codec, epochs: 20}
 
-    stages.codec.epochs=30  stages.0.epochs=30  ssl.heatmap.method=eigencam  codec.re_depths=[1,1,2]
+    stages.codec.epochs=30  stages.0.epochs=30  ssl.heatmap.method=eigencam  codec.re_depths=[1,1,2] or 1,1,2
 
 Values are YAML as OmegaConf reads it. In: a dataclass (the schema and the defaults), a recipe and overrides. Out: an
 object of that dataclass, or a RecipeError of one line before any work has started.
@@ -56,6 +56,16 @@ def load_config(schema: type[C], recipe: str | Path | None, overrides: list[str]
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(schema))  # type: ignore[assignment]
     if recipe is not None:
         values = _merge(values, read_recipe(recipe, recipe_folder))
+    return _changed(schema, values, overrides)
+
+
+def change_config(config: C, overrides: list[str]) -> C:
+    """A copy of a config dataclass with `key=value` overrides, validated (RecipeError, as `load_config`)."""
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[assignment]
+    return _changed(type(config), values, overrides)
+
+
+def _changed(schema: type[C], values: dict[str, Any], overrides: list[str]) -> C:
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -164,6 +174,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse(override: str, text: str, hint: Any) -> Any:
     if hint is str:
         return text  # a folder called 1e5 or on stays what it is
+    if get_origin(hint) is list and text and not text.startswith(("[", "{", "$")):
+        text = f"[{text}]"  # anchors=jpeg,hevc for anchors=[jpeg,hevc]
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
     except yaml.YAMLError as error:

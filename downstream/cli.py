@@ -31,14 +31,32 @@ def finetune(
 
 
 @app.command()
-def evaluate(run: Annotated[Path, typer.Argument(help="Run folder of `dicm finetune`.")]) -> None:
-    """Measure a fine-tuned run again: accuracy and bytes of real streams on the validation split.
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="TASK|RUN", help=f"{TASK_NAMES}; or a run folder, measured again.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Of a task: what to sweep over.")
+    ] = None,
+) -> None:
+    """Sweep a task over codecs and rates; or measure one fine-tuned run again.
 
-    Example: dicm evaluate runs/classes
+    A sweep starts from runs on clean pixels: dicm finetune TASK codec=codec data=data/tiny input=pixels run=runs/clean
+
+    Example: dicm evaluate classification runs=runs/clean anchors=jpeg,hevc qualities=40,47 out=runs/sweep
     """
-    from downstream.finetune import evaluate_run
+    from downstream.tasks import TASKS
 
-    _print(str(run), evaluate_run(run))
+    if what not in TASKS:
+        if overrides:
+            raise typer.BadParameter(f"{what} is no task; options are for sweeps: dicm evaluate TASK runs={what} ...")
+        from downstream.finetune import evaluate_run
+
+        _print(what, evaluate_run(Path(what)))
+        return
+    from downstream.evaluation.sweep import resolve, sweep
+
+    config = resolve(what, overrides or [])
+    rows = sweep(config, lambda progress: console.print(_line(progress), highlight=False, soft_wrap=True))
+    _print_sweep(config.out, rows)
 
 
 @app.command()
@@ -110,6 +128,28 @@ def demo(
     from downstream.demo import run_demo
 
     run_demo(out, console)
+
+
+def _line(progress: Any) -> str:
+    row = progress.row
+    rate = f"{row['bpp_payload']:.4f} bpp payload, {row['metric']} {100 * (row['value'] or 0):.1f} %"
+    return f"{progress.done}/{progress.total}  {row['run']}  {row['codec']} {row['quality']} {row['protocol']}: {rate}"
+
+
+def _print_sweep(out: str, rows: list[dict[str, Any]]) -> None:
+    from downstream.evaluation.rate_accuracy import curves_of
+    from downstream.results import percent
+
+    shown = Table("codec", "protocol", "quality", "bpp, payload", rows[0]["metric"], "seeds", title=out)
+    for curve in curves_of(rows):
+        for point in curve.points:
+            spread = f" ± {100 * point.accuracy_spread:.1f}" if point.num_seeds > 1 else ""
+            shown.add_row(
+                curve.codec, curve.protocol, point.quality, f"{point.bpp:.4f}", percent(point.accuracy) + spread,
+                str(point.num_seeds),
+            )  # fmt: skip
+    console.print(shown)
+    console.print(f"wrote {out}/results.csv and results.json", soft_wrap=True)
 
 
 def _print(run: str, results: dict[str, Any]) -> None:

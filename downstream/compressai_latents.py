@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from compressai.models import FactorizedPrior, FactorizedPriorReLU, MeanScaleHyperprior, ScaleHyperprior
+from compressai.registry import MODELS as REGISTRY
 from compressai.zoo import image_models, load_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -38,6 +39,19 @@ from pretrain.errors import BitstreamError, CodecError
 STEP = 64  # sides are padded to multiples of it, which all models' strides divide
 LATENT_STRIDE = 16
 SEPARABLE = (FactorizedPrior, FactorizedPriorReLU, ScaleHyperprior, MeanScaleHyperprior)
+# Those that CompressAI implements but has no weights for: they are trained here, or elsewhere.
+UNTRAINED = ("cheng2020-anchor-checkerboard", "elic2022-official", "elic2022-chandelier")
+MODELS = (*image_models, *UNTRAINED)
+
+
+def most_quality(name: str) -> int:
+    """The best quality that a model of the zoo has weights for."""
+    return 6 if name.startswith("cheng2020") else 8
+
+
+def new_model(name: str, quality: int) -> Any:
+    """A model with random weights, of the width that the zoo has at this quality."""
+    return REGISTRY[name]() if name in UNTRAINED else image_models[name](quality=quality)
 
 
 def load_model(name: str, quality: int = 4, weights: str = "zoo", metric: str = "mse") -> Any:
@@ -52,8 +66,10 @@ def load_model(name: str, quality: int = 4, weights: str = "zoo", metric: str = 
     Raises:
         TaskError: no such model, quality or file; weights that could not be fetched or are of another model.
     """
-    if name not in image_models:
-        raise TaskError(f"latents={name} is unknown; use codec or one of {', '.join(image_models)}")
+    if name not in MODELS:
+        raise TaskError(f"latents={name} is unknown; use codec or one of {', '.join(MODELS)}")
+    if name in UNTRAINED and weights == "zoo":
+        raise TaskError(f"{name}: the zoo has no weights of it; train some with `dicm anchors train`, name the file")
     try:
         if weights == "zoo":
             model = image_models[name](quality=quality, metric=metric, pretrained=True, progress=False)
@@ -75,7 +91,7 @@ def _from_file(name: str, path: Path) -> Any:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = load_state_dict(state.get("state_dict", state))
-        architecture = type(image_models[name](quality=1))
+        architecture = type(new_model(name, 1))
         # The zoo's own rule: these two come with a bottleneck for each rate.
         options = {"vr_entbttlnck": True} if name in ("bmshj2018-hyperprior-vbr", "mbt2018-mean-vbr") else {}
         return architecture.from_state_dict(state, **options)
@@ -274,6 +290,10 @@ class SeparableLatents(CompressAILatents):
 class WholeLatents(CompressAILatents):
     """Latents that are sent whole, by the model's own `compress`; `channels` must be None."""
 
+    def __init__(self, model: Any, device: torch.device):
+        super().__init__(model, device)
+        self._shapes: dict[tuple[int, int], Any] = {}
+
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """As in the model's forward pass; those of its streams differ where a context model shifts what is rounded."""
@@ -307,8 +327,16 @@ class WholeLatents(CompressAILatents):
             (length,) = struct.unpack_from("<I", layer.payload, position)
             strings.append([layer.payload[position + 4 : position + 4 + length]])
             position += 4 + length
-        shape = torch.Size(-(-side // STEP) for side in (info.height, info.width))
+        rows, columns = (-(-side // STEP) for side in (info.height, info.width))
+        shape = self._shape(rows * STEP, columns * STEP)
         return self._input_of_synthesis(lambda: self.model.decompress(strings, shape))
+
+    def _shape(self, height: int, width: int) -> Any:
+        """What `decompress` wants to know of an image of this size, each model in a form of its own."""
+        if (height, width) not in self._shapes:
+            blank = torch.zeros(1, 3, height, width, device=self.device)
+            self._shapes[height, width] = self.model.compress(blank)["shape"]
+        return self._shapes[height, width]
 
     def _input_of_synthesis(self, run: Any) -> Tensor:
         """y_hat, which these models do not return: what g_s gets while `run` runs."""

@@ -32,12 +32,13 @@ class FinetuneConfig:
     run: str = "runs/finetune"  # run folder; running again with the same one resumes
     task: str = MISSING
     input: str = "streams"  # or pixels: the same network on decoded pixels, to compare with
-    anchor: str | None = None  # input=pixels: NAME:QUALITY, for example jpeg:30; none: pixels as they are
+    anchor: str | None = None  # input=pixels: NAME:QUALITY[@SCALE], for example jpeg:30; none: pixels as they are
     anchor_weights: str = "zoo"  # of an anchor of CompressAI's: zoo, or a file
     rate: float | None = None  # input=streams: 0..1, of a codec with a range of rates; none: its best
     classes: list[str] = field(default_factory=list)  # names of what the head tells apart; those of the data set
+    init: str | None = None  # run folder of a complete fine-tune of this task, whose network is gone on with
 
-    epochs: int = 10
+    epochs: int = 10  # 0 with init: nothing is trained, its network is measured on this input
     batch_size: int = 64  # global, over all workers
     optimizer: str = "sgd"  # with Nesterov's momentum; or adamw
     lr: float = 0.02
@@ -81,7 +82,8 @@ class FinetuneConfig:
                 raise TaskError(f"{option.name}={value} is impossible; it must be a finite number")
         if self.seed >= 2**63:
             raise TaskError(f"seed={self.seed} is impossible; it must be below 2^63")
-        self.at_least(1, "epochs", "batch_size", "workers", "log_every", "checkpoint_every", "keep_checkpoints")
+        self.at_least(0 if self.init else 1, "epochs")
+        self.at_least(1, "batch_size", "workers", "log_every", "checkpoint_every", "keep_checkpoints")
         self.cluster.validate(self.workers)
         self.at_least(1, "cache_views")
         self.at_least(0, "num_workers", "seed", "weight_decay", "keep_every")

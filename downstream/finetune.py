@@ -81,6 +81,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     if (folder / RESULTS).is_file():
         return read_results(folder)
     task.check_codec(config, codec)
+    check_init(config)
     found = task.check_data(config, manifest)
     prepare_folder(config, inputs)
     save_config(config, folder / "config.yaml")
@@ -192,6 +193,8 @@ class Finetuner:
                 self.enter(stage)
                 if not self._train_network(stage):
                     return
+            if self.num_steps == 0:  # what was not trained is kept all the same: results are of a network at hand
+                self._save()
             self.store.wait()
             self._write_results(self.task.evaluate())
         finally:
@@ -203,7 +206,9 @@ class Finetuner:
         """Make a stage's network, optimizer and schedule, as the newest checkpoint left them."""
         self.task.enter(stage.name)
         self.optimizer = self.task.optimizer()
-        self.scheduler = self.task.scheduler(self.optimizer, stage.end - stage.start)
+        self.scheduler = None
+        if steps := stage.end - stage.start:  # none with epochs=0
+            self.scheduler = self.task.scheduler(self.optimizer, steps)
         self.samples_seen = 0  # of this stage
         if self.step > stage.start:
             state = self.store.load(self.step)
@@ -211,6 +216,8 @@ class Finetuner:
             self.samples_seen = state.get("samples_seen", (self.step - stage.start) * self.config.batch_size)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+        elif self.config.init is not None and stage is self.stages[-1]:
+            self.task.start_from(trained_weights(Path(self.config.init)))
 
     def _encode_once(self) -> bool:
         """Fill the cache of streams; a line of metrics every few seconds. False where the run was told to stop."""
@@ -232,7 +239,7 @@ class Finetuner:
         config, runtime = self.config, self.runtime
         if self.step >= stage.end:
             return True
-        if self.step == stage.start:
+        if self.step == stage.start and (self.config.init is None or stage is not self.stages[-1]):
             self.task.begin()
         module = DistributedDataParallel(self.model) if runtime.world > 1 else self.model
         global_batch = config.batch_size // runtime.world * runtime.world
@@ -356,6 +363,29 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         tuner.logger.close()
     write_results(folder, results)
     return results
+
+
+def check_init(config: FinetuneConfig) -> None:
+    """See that `config.init` is a complete run whose network fits (TaskError)."""
+    if config.init is None:
+        return
+    earlier = load_run(Path(config.init))
+    if not (Path(config.init) / RESULTS).is_file():
+        raise TaskError(
+            f"init={config.init}: the run is not complete; finish it with `dicm finetune {earlier.task} ...`"
+        )
+    for key in ("task", "classes"):
+        if (there := getattr(earlier, key)) != (here := getattr(config, key)):
+            raise TaskError(f"init={config.init} has {key} {there}, not {here}; name a run of the same {key}")
+
+
+def trained_weights(folder: Path) -> dict[str, Any]:
+    """The network of the complete run in `folder` (TaskError where there is none)."""
+    store = open_checkpoints(load_run(folder), folder)
+    step = store.newest()
+    if step is None:
+        raise TaskError(f"{folder}: no checkpoint is left of this run; finish it with `dicm finetune`, or name another")
+    return store.load(step)["model"]
 
 
 def create_tuner(config: FinetuneConfig) -> Finetuner:

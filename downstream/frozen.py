@@ -54,8 +54,12 @@ def source_of(
     """The source that the options `input`, `anchor`, `anchor_weights` and `rate` name."""
     if input == "streams":
         return FrozenCodec(codec, device, rate)
-    head = codec.backbone.to(device).eval().requires_grad_(False).head
-    return PixelInput(head, create_anchor(anchor, anchor_weights) if anchor else None, device)
+    return pixel_input(codec.backbone.to(device).eval().requires_grad_(False).head, anchor, anchor_weights, device)
+
+
+def pixel_input(head: Callable[[Tensor], Tensor], anchor: str | None, weights: str, device: torch.device) -> PixelInput:
+    """Pixels by way of the anchor that the options `anchor` and `anchor_weights` name, if any."""
+    return PixelInput(head, create_anchor(anchor, weights) if anchor else None, device)
 
 
 def features_of(source: FeatureSource, images: Sequence[Tensor]) -> list[Tensor]:

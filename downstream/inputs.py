@@ -1,6 +1,6 @@
 """What a run reads from outside, by content: RUN/inputs.json.
 
-    {"codec": fingerprint, "data": sha256 of the manifest, "teacher": sha256 of the file, ...}
+    {"codec": fingerprint, "data": sha256 of the manifest, "teacher": sha256 of the file, "init": sha256 of its options}
 
 Options name these by their paths, under which something else may lie another day. A run goes on, and is evaluated, only
 with what it began with.
@@ -27,8 +27,10 @@ def inputs_of(config: FinetuneConfig, codec: FeatureCodec | None, manifest: Mani
     found = {"data": manifest.hash}
     if codec is not None:
         found["codec"] = codec.fingerprint.hex()
-    for key in FILES:
-        path = Path(getattr(config, key, None) or "")
+    files = {key: Path(getattr(config, key, None) or "") for key in FILES}
+    if config.init is not None:  # a run with the same options ends in the same network
+        files["init"] = Path(config.init) / "config.yaml"
+    for key, path in files.items():
         if path.is_file():
             with path.open("rb") as file:
                 found[key] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,25 +1,33 @@
 """Codecs of pixels to compare with, all by one protocol: image and quality to real bytes, and bytes to an image.
 
-    jpeg:30  webp:50  avif:40  bmshj2018-hyperprior:3        formats of Pillow, and models of CompressAI's zoo
+    jpeg:30  webp:50  avif:40          formats of Pillow, quality 0..100
+    hevc:37  hevc444:37                HEVC intra by x265, at a quantizer of 0..51 (`hevc.py`)
+    bpg:37  vvc:37  vtm:37             programs on PATH (`programs.py`)
+    mbt2018-mean:3  elic2022-official:3     models of CompressAI, weights of its zoo or trained here
+    hevc:42@0.5                        any of them on an image of half the sides, enlarged again after decoding
 
 Rates are given in two ways. `total` counts every byte of a file. `payload` leaves out what is the same in every file of
-a format and quality, headers and default tables, as a transmission that agrees on them beforehand would; for a format
-of Pillow it is measured as the size of a file that holds one flat colour.
+a format and quality, headers and default tables, as a transmission that agrees on them beforehand would; it is measured
+as the size of a file that holds one flat colour, so that an anchor's smallest possible file counts nothing.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import math
+import struct
 from abc import ABC, abstractmethod
+from collections.abc import Container
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from compressai.zoo import image_models
 from PIL import Image, features
 
-from downstream.compressai_latents import create_latents, load_model
+from downstream.compressai_latents import MODELS, create_latents, load_model, most_quality
 from downstream.errors import TaskError
+from downstream.evaluation import hevc, programs
 from pretrain.codec import bitstream
 
 FORMATS: dict[str, dict[str, object]] = {
@@ -27,17 +35,31 @@ FORMATS: dict[str, dict[str, object]] = {
     "webp": {"format": "WEBP", "method": 6},
     "avif": {"format": "AVIF", "speed": 4},
 }
+CHROMA = {"hevc": "420", "hevc444": "444"}
+SIZE = struct.Struct("<HH")  # of the image, before the file of one that was shrunk
+LEAST_SIDE = 16  # pixels, of an image that is shrunk
+
+
+class AnchorSpec(NamedTuple):
+    """An anchor as a user names it: "hevc:42@0.5"."""
+
+    name: str
+    quality: int
+    scale: float
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.quality}" + (f"@{self.scale:g}" if self.scale != 1 else "")
 
 
 class Anchor(ABC):
     """A codec of pixels at one quality.
 
     Attributes:
-        name, quality: as the user wrote them, "jpeg:30".
+        spec: as the user wrote it.
     """
 
-    def __init__(self, name: str, quality: int):
-        self.name, self.quality = name, quality
+    def __init__(self, spec: AnchorSpec):
+        self.spec = spec
 
     @abstractmethod
     def encode(self, image: np.ndarray) -> bytes:
@@ -47,9 +69,9 @@ class Anchor(ABC):
     def decode(self, data: bytes) -> np.ndarray:
         """The image (H, W, 3) uint8 RGB of a file."""
 
-    @abstractmethod
     def payload_bytes(self, data: bytes, height: int, width: int) -> int:
         """Bytes of a file of an image of this size, without what every such file has."""
+        return max(0, len(data) - _flat_bytes(self.spec, height, width))
 
 
 class FormatAnchor(Anchor):
@@ -57,27 +79,46 @@ class FormatAnchor(Anchor):
 
     def encode(self, image: np.ndarray) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, quality=self.quality, **FORMATS[self.name])  # type: ignore[arg-type]
+        Image.fromarray(image).save(buffer, quality=self.spec.quality, **FORMATS[self.spec.name])  # type: ignore[arg-type]
         return buffer.getvalue()
 
     def decode(self, data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("RGB"))
 
-    def payload_bytes(self, data: bytes, height: int, width: int) -> int:
-        return max(0, len(data) - _flat_bytes(self.name, self.quality, height, width))
+
+class HevcAnchor(Anchor):
+    """HEVC intra; the size of the image goes before its stream, which carries an even one."""
+
+    def encode(self, image: np.ndarray) -> bytes:
+        return _sized(image, hevc.encode(image, self.spec.quality, CHROMA[self.spec.name]))
+
+    def decode(self, data: bytes) -> np.ndarray:
+        height, width, stream = _unsized(data)
+        return hevc.decode(stream, height, width)
+
+
+class ProgramAnchor(Anchor):
+    """A program on PATH."""
+
+    def encode(self, image: np.ndarray) -> bytes:
+        return _sized(image, programs.encode(self.spec.name, image, self.spec.quality))
+
+    def decode(self, data: bytes) -> np.ndarray:
+        height, width, stream = _unsized(data)
+        return programs.decode(self.spec.name, stream, height, width)
 
 
 class ModelAnchor(Anchor):
-    """A model of CompressAI's zoo, on the CPU; its files are streams in the container of docs/bitstream.md.
+    """A model of CompressAI, on the CPU; its files are streams in the container of docs/bitstream.md.
 
     Args:
         weights: `zoo`, or a file (`compressai_latents.load_model`).
     """
 
-    def __init__(self, name: str, quality: int, weights: str):
-        super().__init__(name, quality)
-        self._latents = create_latents(load_model(name, quality, weights), torch.device("cpu"))
+    def __init__(self, spec: AnchorSpec, weights: str):
+        super().__init__(spec)
+        self._latents = create_latents(load_model(spec.name, spec.quality, weights), torch.device("cpu"))
 
     def encode(self, image: np.ndarray) -> bytes:
         return self._latents.encode(torch.from_numpy(image).permute(2, 0, 1))
@@ -90,25 +131,69 @@ class ModelAnchor(Anchor):
         return sum(bitstream.describe(data).layers.values())
 
 
-def check_anchor(text: str) -> tuple[str, int]:
-    """Name and quality of "NAME:QUALITY" (TaskError where there is no such codec here)."""
-    name, _, quality = text.partition(":")
-    if name not in FORMATS and name not in image_models:
+class ShrunkAnchor(Anchor):
+    """An anchor on a smaller image, enlarged after decoding: what reaches rates below those of its worst quality.
+
+    Args:
+        inner: the anchor at full size.
+    """
+
+    def __init__(self, spec: AnchorSpec, inner: Anchor):
+        super().__init__(spec)
+        self.inner = inner
+
+    def encode(self, image: np.ndarray) -> bytes:
+        height, width = self._size(*image.shape[:2])
+        small = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+        return _sized(image, self.inner.encode(np.asarray(small)))
+
+    def decode(self, data: bytes) -> np.ndarray:
+        height, width, inner = _unsized(data)
+        small = Image.fromarray(self.inner.decode(inner))
+        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+    def payload_bytes(self, data: bytes, height: int, width: int) -> int:
+        return self.inner.payload_bytes(_unsized(data)[2], *self._size(height, width))
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        return tuple(max(LEAST_SIDE, math.ceil(side * self.spec.scale)) for side in (height, width))  # type: ignore[return-value]
+
+
+def check_anchor(text: str) -> AnchorSpec:
+    """What "NAME:QUALITY" or "NAME:QUALITY@SCALE" says (TaskError where there is no such codec here)."""
+    head, _, scale = text.partition("@")
+    name, _, quality = head.partition(":")
+    known = [*FORMATS, *CHROMA, *programs.PROGRAMS]
+    if name not in known and name not in MODELS:
         raise TaskError(
-            f"anchor={text} is unknown; use one of {', '.join(FORMATS)} or of CompressAI's zoo "
-            f"({', '.join(image_models)}) and a quality, for example jpeg:30"
+            f"anchor={text} is unknown; use one of {', '.join(known)} or of CompressAI's models ({', '.join(MODELS)}) "
+            "and a quality, for example jpeg:30"
         )
-    most = 100 if name in FORMATS else 6 if name.startswith("cheng2020") else 8
-    least = 0 if name in FORMATS else 1
+    least, most = quality_range(name)
     if not (quality.isascii() and quality.isdecimal()) or not least <= int(quality) <= most:
         raise TaskError(f"anchor={text} needs a quality from {least} to {most}, for example {name}:{most // 3 + 1}")
+    if "@" in text and not _is_scale(scale):
+        raise TaskError(f"anchor={text} needs a scale of at most 1 behind @, from 0.1, for example {head}@0.5")
     if name in ("webp", "avif") and not features.check(name):
         raise TaskError(f"anchor={text}: this Pillow was built without {name}; install a Pillow wheel that has it")
-    return name, int(quality)
+    if name in CHROMA:
+        hevc.need_av()
+    if name in programs.PROGRAMS:
+        programs.need(name)
+    return AnchorSpec(name, int(quality), float(scale or 1))
+
+
+def quality_range(name: str) -> tuple[int, int]:
+    """Least and greatest quality of an anchor, as numbers: the greatest is the best of Pillow's and the models'."""
+    if name in FORMATS:
+        return 0, 100
+    if name in CHROMA:
+        return 0, hevc.MOST_QP
+    return (0, programs.MOST_QP[name]) if name in programs.PROGRAMS else (1, most_quality(name))
 
 
 def create_anchor(text: str, weights: str = "zoo") -> Anchor:
-    """The codec of "NAME:QUALITY".
+    """The codec of "NAME:QUALITY" or "NAME:QUALITY@SCALE".
 
     Args:
         weights: of a model of CompressAI's; `zoo` downloads them, else a file.
@@ -116,13 +201,24 @@ def create_anchor(text: str, weights: str = "zoo") -> Anchor:
     Raises:
         TaskError: no such codec or quality, or no such weights.
     """
-    name, quality = check_anchor(text)
-    return FormatAnchor(name, quality) if name in FORMATS else ModelAnchor(name, quality, weights)
+    spec = check_anchor(text)
+    if spec.scale != 1:
+        return ShrunkAnchor(spec, create_anchor(f"{spec.name}:{spec.quality}", weights))
+    if spec.name in MODELS:
+        return ModelAnchor(spec, weights)
+    return next(kind for names, kind in _KINDS if spec.name in names)(spec)
+
+
+_KINDS: list[tuple[Container[str], type[Anchor]]] = [
+    (FORMATS, FormatAnchor),
+    (CHROMA, HevcAnchor),
+    (programs.PROGRAMS, ProgramAnchor),
+]
 
 
 @functools.cache
-def _flat_bytes(name: str, quality: int, height: int, width: int) -> int:
-    return len(FormatAnchor(name, quality).encode(np.full((height, width, 3), 128, np.uint8)))
+def _flat_bytes(spec: AnchorSpec, height: int, width: int) -> int:
+    return len(create_anchor(str(spec)).encode(np.full((height, width, 3), 128, np.uint8)))
 
 
 def through(anchor: Anchor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -134,3 +230,19 @@ def through(anchor: Anchor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray,
         decoded[number] = anchor.decode(data)
         sizes[:, number] = len(data), anchor.payload_bytes(data, height, width)
     return decoded, sizes[0], sizes[1]
+
+
+def _sized(image: np.ndarray, stream: bytes) -> bytes:
+    return SIZE.pack(*image.shape[:2]) + stream
+
+
+def _unsized(data: bytes) -> tuple[int, int, bytes]:
+    height, width = SIZE.unpack_from(data)
+    return height, width, data[SIZE.size :]
+
+
+def _is_scale(text: str) -> bool:
+    try:
+        return 0.1 <= float(text) <= 1
+    except ValueError:
+        return False

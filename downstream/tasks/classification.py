@@ -21,9 +21,9 @@ from data_pipeline.views import ViewConfig, center_images, random_crops, resampl
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_caption
-from downstream.frozen import RateMeter
+from downstream.frozen import RateMeter, pixel_input
 from downstream.stream_cache import STREAM, StreamDataset
-from downstream.tasks.task import Found, Task, settle_statistics, shard_cache_of
+from downstream.tasks.task import Found, Task, load_network, settle_statistics, shard_cache_of
 from pretrain.codec.backbone import Backbone
 from pretrain.codec.feature_codec import FeatureCodec
 
@@ -41,6 +41,7 @@ class ClassificationConfig(FinetuneConfig):
 
     task: str = "classification"
     probe: bool = False  # train the linear head alone, full batch, on features embedded once
+    train_head: bool = False  # input=pixels: train stem and layer1 too, all of the network
 
     image_size: int | None = None  # pixels; that of the codec's pretraining where not given
     canvas_size: int | None = None
@@ -52,6 +53,11 @@ class ClassificationConfig(FinetuneConfig):
         super().validate()
         if self.probe and self.cache != "none":
             raise TaskError(f"cache={self.cache} with probe=true is idle: a probe embeds each image once; leave it out")
+        if self.train_head and (self.input != "pixels" or self.probe):
+            raise TaskError(
+                f"train_head=true with input={self.input} probe={str(self.probe).lower()} is impossible; stem and "
+                "layer1 belong to the frozen codec, and only a network on pixels has its own"
+            )
         self.within(0.0, 0.99, "label_smoothing")
         self.within(0.01, 1.0, "scale_min")
         for key in ("image_size", "canvas_size"):
@@ -68,10 +74,14 @@ class Classifier(nn.Module):
 
     Args:
         probe: train the head alone; the tail stays frozen, its batch norms on their running statistics.
+        pixels: read normalised images by stem and layer1 of its own, copies at first, in place of f3.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, probe: bool):
+    def __init__(self, backbone: Backbone, num_classes: int, probe: bool, pixels: bool = False):
         super().__init__()
+        self.front = copy.deepcopy(nn.Sequential(backbone.stem, backbone.layer1)) if pixels else None
+        if self.front is not None:
+            self.front.requires_grad_(True)
         self.tail = nn.Sequential(*(copy.deepcopy(getattr(backbone, f"layer{i}")) for i in (2, 3, 4)))
         self.tail.requires_grad_(not probe)
         self.probe = probe
@@ -90,7 +100,7 @@ class Classifier(nn.Module):
 
     def pooled(self, f3: Tensor) -> Tensor:
         """(N, num_features) of f3, before norm and head."""
-        return self.tail(f3).mean(dim=(2, 3))
+        return self.tail(f3 if self.front is None else self.front(f3)).mean(dim=(2, 3))
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits of f3, or of (N, num_features) that are pooled and normalised already."""
@@ -133,7 +143,18 @@ class Classification(Task[ClassificationConfig, Any]):
         return Found(num_samples)
 
     def network(self) -> Classifier:
-        return Classifier(self.backbone, len(self.config.classes), self.config.probe)
+        return Classifier(self.backbone, len(self.config.classes), self.config.probe, self.config.train_head)
+
+    def make_source(self) -> Any:
+        """With `train_head` the network reads pixels."""
+        config = self.config
+        if not config.train_head:
+            return super().make_source()
+        return pixel_input(nn.Identity(), config.anchor, config.anchor_weights, self.device)
+
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Stem and layer1 stay the codec's where that run read features."""
+        load_network(self.model, state, self.config.init, optional="front.")
 
     @property
     def _image_size(self) -> int:
@@ -273,6 +294,9 @@ class Classification(Task[ClassificationConfig, Any]):
         measured = rates.rates(self.runtime)
         top1, top5 = self.runtime.gather(correct[None].to(self.device)).sum(0).tolist()
         return {"top1": top1 / measured["images"], "top5": top5 / measured["images"], **measured}
+
+    def examples(self, count: int) -> list[Tensor]:
+        return list(self._centers(next(iter(self._evaluation_batches(self.config.val_split, count)))))
 
     def _evaluation_batches(self, split: str, limit: int | None) -> CanvasLoader:
         return eval_loader(

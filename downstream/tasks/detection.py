@@ -241,6 +241,9 @@ class Detection(LatentTask[DetectionConfig, list[Example]]):
             target["masks"] = objects.masks[chosen]
         return {name: value.to(self.device) for name, value in target.items()}
 
+    def examples(self, count: int) -> list[Tensor]:
+        return [sample.image for sample in itertools.islice(once(self.dataset(self.config.val_split)), count)]
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Average precisions and rates, image by image: a result does not depend on what stands beside it."""

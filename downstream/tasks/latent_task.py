@@ -65,8 +65,13 @@ class LatentTask(Task[C, B]):
         if self.front is None:
             features, sizes, payloads = self.source.through_streams(image[None].to(self.device))
             return features, int(sizes[0]), int(payloads[0])
-        stream = self.source.encode(image.to(self.device), self.front.gate.choice)
+        stream = self.stream_of(image)
         return self.source.receive(stream), len(stream), sum(bitstream.describe(stream).layers.values())
+
+    def stream_of(self, image: Tensor) -> bytes:
+        if self.front is None:
+            return super().stream_of(image)
+        return self.source.encode(image.to(self.device), self.front.gate.choice)
 
     def receive_image(self, image: Tensor) -> tuple[Any, int]:
         received, size, _ = self.through_stream(image)

@@ -14,6 +14,7 @@ Source: Liu, Sun, Katto 2022, sections 2 and 3.1.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,10 +37,9 @@ from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.views import normalize
 from downstream.errors import TaskError
-from downstream.evaluation.anchors import create_anchor
 from downstream.evaluation.drawing import draw_regions
 from downstream.evaluation.segmentation import SegmentationMetric, class_scores, constant_scores, scores
-from downstream.frozen import PixelInput, RateMeter
+from downstream.frozen import RateMeter, pixel_input
 from downstream.gate import Gate
 from downstream.latent_config import LatentConfig
 from downstream.latents import Received
@@ -200,8 +200,7 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
         config = self.config
         if config.input == "streams":
             return super().make_source()
-        anchor = create_anchor(config.anchor, config.anchor_weights) if config.anchor else None
-        return PixelInput(nn.Identity(), anchor, self.device)
+        return pixel_input(nn.Identity(), config.anchor, config.anchor_weights, self.device)
 
     def network(self) -> nn.Module:
         """What the stage trains; a student's tail and a static gate's channels come in `begin`."""
@@ -242,8 +241,9 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
         return self._teacher_head
 
     def finish(self) -> None:
-        """Keep a trained teacher, for this run and others."""
-        if self.stage == "teacher" and self.runtime.rank == 0:
+        """Keep a trained teacher, for this run and others; a network on clean pixels can be one."""
+        teaches = self.stage == "teacher" or (self.stage == "pixels" and self.config.anchor is None)
+        if teaches and self.runtime.rank == 0:
             buffer = io.BytesIO()
             torch.save({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, buffer)
             try:
@@ -334,6 +334,9 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
         """A tenth of the rate after `drop_at`."""
         drop = round(self.config.drop_at * num_steps)
         return MultiStepLRScheduler(optimizer, decay_t=[drop], decay_rate=DROP, t_in_epochs=False)
+
+    def examples(self, count: int) -> list[Tensor]:
+        return [sample.image for sample in itertools.islice(once(self.dataset(self.config.val_split)), count)]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:

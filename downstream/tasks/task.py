@@ -164,7 +164,11 @@ class Task(ABC, Generic[C, B]):
         """
 
     def begin(self) -> None:
-        """What a stage does before its first step."""
+        """What a stage does before its first step, unless it goes on with another run's network."""
+
+    def start_from(self, state: dict[str, Any]) -> None:
+        """Take over the network of another run of this task (TaskError where it is not of this one's shape)."""
+        load_network(self.model, state, self.config.init)
 
     def finish(self) -> None:
         """What a stage does after its last step, before the checkpoint that ends it."""
@@ -175,6 +179,10 @@ class Task(ABC, Generic[C, B]):
 
         From real streams, on all ranks together; each gets the same.
         """
+
+    @abstractmethod
+    def examples(self, count: int) -> list[Tensor]:
+        """The first images (3, H, W) uint8 of `val_split`, as `evaluate` encodes them."""
 
     @property
     def num_views(self) -> int:
@@ -191,6 +199,10 @@ class Task(ABC, Generic[C, B]):
         Raises:
             SampleError: the sample cannot be used.
         """
+
+    def stream_of(self, image: Tensor) -> bytes:
+        """The stream or file of an image (3, H, W) uint8 that the task reads."""
+        return self.source.encode(image)
 
     def receive_image(self, image: Tensor) -> tuple[Any, int]:
         """What `predict` takes, of an image (3, H, W) uint8 by way of a real stream, and the stream's bytes."""
@@ -274,6 +286,23 @@ def survey_splits(
     need_batches(config, num_samples, per_worker)
     left_out = {f"{split}: {name}": count for split, one in surveys.items() for name, count in one.left_out.items()}
     return Found(num_samples, left_out, details=surveys)
+
+
+def load_network(model: nn.Module, state: dict[str, Any], init: str | None, optional: str | None = None) -> None:
+    """Load the weights of the run `init` (TaskError where they do not fit).
+
+    Args:
+        optional: prefix of a part of `model` that keeps its weights where that run had none of it.
+    """
+    missing = [key for key in model.state_dict() if key not in state and optional and key.startswith(optional)]
+    try:
+        model.load_state_dict({**{key: model.state_dict()[key] for key in missing}, **state})
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise TaskError(
+            f"init={init} holds another network ({lines[min(1, len(lines) - 1)].strip()[:160]}); name a run of "
+            "the same options"
+        ) from error
 
 
 def shard_cache_of(config: FinetuneConfig) -> ShardCache:

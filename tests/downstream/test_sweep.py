@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from downstream import finetune
+from downstream.errors import TaskError
+from downstream.evaluation.sweep import COLUMNS, points_of, resolve, sweep
+from downstream.finetune import load_run, trained_weights
+from downstream.results import read_results
+
+
+@pytest.fixture(scope="module")
+def clean(codec_folder: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run on clean pixels."""
+    folder = tmp_path_factory.mktemp("runs") / "clean"
+    options = [
+        f"codec={codec_folder}", f"data={colours}", f"run={folder}", "launcher=local", "precision=fp32", "epochs=2",
+        "batch_size=12", "input=pixels",
+    ]  # fmt: skip
+    finetune.run(finetune.resolve("classification", options))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swept(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over the codec and two anchors, in two processes."""
+    out = tmp_path_factory.mktemp("sweeps") / "sweep"
+    sweep(resolve("classification", [f"runs={clean}", f"out={out}", "anchors=jpeg:5,hevc:45@0.5", "epochs=1",
+                                     "options=lr=0.01", "parallel=2"]))  # fmt: skip
+    return out
+
+
+def test_sweep__writes_a_row_for_every_codec_and_protocol(swept: Path, clean: Path):
+    rows = json.loads((swept / "results.json").read_text())
+    found = {(row["codec"], row["quality"], row["protocol"]) for row in rows}
+    codecs = {("jpeg", "5"), ("hevc", "45@0.5"), ("dicm", "")}
+    assert found == {(*codec, protocol) for codec in codecs for protocol in ("frozen", "adapted")}
+    for row in rows:
+        assert set(COLUMNS) <= set(row)
+        assert 0 < row["bpp_payload"] < row["bpp"] and 0 <= row["value"] <= 1 and row["value"] == row["top1"]
+        assert min(row["encode_ms"], row["decode_ms"], row["decode_macs"]) > 0
+        assert (row["encode_macs"] > 0) == (row["codec"] == "dicm")  # formats have no network
+    with (swept / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["codec"] for row in table] == [row["codec"] for row in rows]
+
+
+def test_sweep__frozen_is_the_base_run_s_network_and_adapted_starts_from_it(swept: Path, clean: Path):
+    base = trained_weights(clean)
+    points = swept / "points" / "clean"
+    frozen, adapted = (trained_weights(points / f"jpeg-5-{protocol}") for protocol in ("frozen", "adapted"))
+    assert all(tensor.equal(base[name]) for name, tensor in frozen.items())
+    assert not adapted["head.weight"].equal(base["head.weight"])
+    options = load_run(points / "jpeg-5-adapted")
+    assert (options.epochs, options.lr, options.init) == (1, 0.01, str(clean))  # type: ignore[attr-defined]
+    assert load_run(points / "jpeg-5-frozen").epochs == 0
+
+
+def test_sweep__what_is_done_is_not_done_again_and_more_points_are_added(swept: Path, clean: Path):
+    before = read_results(swept / "points" / "clean" / "jpeg-5-frozen")
+    done: list[str] = []
+    config = resolve("classification", [f"runs={clean}", f"out={swept}", "anchors=jpeg", "qualities=5,40", "epochs=1",
+                                        "options=lr=0.01", "protocols=frozen"])  # fmt: skip
+    rows = sweep(config, lambda progress: done.append(progress.point.name))
+    assert done == ["jpeg-40-frozen"] and len(rows) == 7
+    assert read_results(swept / "points" / "clean" / "jpeg-5-frozen") == before
+
+
+def test_sweep__other_options_in_the_same_folder_are_refused(swept: Path, clean: Path):
+    with pytest.raises(TaskError, match=r"epochs: 1 there, 2 here"):
+        sweep(resolve("classification", [f"runs={clean}", f"out={swept}", "epochs=2", "options=lr=0.01"]))
+
+
+def test_points_of__a_base_run_must_be_on_clean_pixels(finetuned: Path):
+    with pytest.raises(TaskError, match="starts from runs with input=pixels"):
+        points_of(resolve("classification", [f"runs={finetuned}", "anchors=jpeg:5"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["runs=[]"], "runs is empty"),
+        (["runs=a", "anchors=jpeg"], "anchors=jpeg has no quality"),
+        (["runs=a", "anchors=gif", "qualities=3"], "anchor=gif:3 is unknown"),
+        (["runs=a", "protocols=thawed"], "protocols=thawed"),
+        (["runs=a", "rates=2"], "rates=2"),
+        (["runs=a", "gates=static"], "gates=static"),
+        (["runs=a", "streams=false"], "nothing to measure"),
+        (["runs=a", "parallel=0"], "parallel=0"),
+    ],
+)
+def test_resolve__bad_options_are_named(options: list[str], message: str):
+    with pytest.raises(TaskError, match=message):
+        resolve("classification", options)
+
+
+def test_init__of_another_shape_or_unfinished_is_refused(
+    clean: Path, codec_folder: Path, colours: Path, tmp_path: Path, options: Callable[..., list[str]]
+):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").write_text((clean / "config.yaml").read_text())
+    for init, message in ((tmp_path, "not a run folder"), (tmp_path / "begun", "not complete")):
+        config = finetune.resolve("classification", options(codec_folder, colours, tmp_path / "run", f"init={init}"))
+        with pytest.raises(TaskError, match=message):
+            finetune.run(config)
+
+
+def test_train_head__trains_stem_and_layer1_of_a_copy(
+    clean: Path, codec_folder: Path, colours: Path, tmp_path: Path, options: Callable[..., list[str]]
+):
+    given = options(codec_folder, colours, tmp_path / "run", f"init={clean}", "input=pixels", "train_head=true")
+    results = finetune.run(finetune.resolve("classification", given))
+    weights = trained_weights(tmp_path / "run")
+    codec = finetune.task_class("classification").load_codec(load_run(clean))
+    assert codec is not None
+    assert not weights["front.0.0.weight"].equal(codec.backbone.stem[0].weight)
+    assert results["top1"] > 0.5
+    with pytest.raises(TaskError, match="train_head=true with input=streams"):
+        finetune.resolve("classification", options(codec_folder, colours, tmp_path / "other", "train_head=true"))
