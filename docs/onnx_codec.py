@@ -1,4 +1,4 @@
-"""Encode and decode with the graphs of `dicm export RUN DIR --onnx`: onnxruntime, CompressAI's rANS, no torch network.
+"""Encode and decode with the graphs of `dicm export RUN DIR --onnx`: onnxruntime, our symbol coder, no torch network.
 
     python docs/onnx_codec.py encode CODEC photo.jpg photo.dicm
     python docs/onnx_codec.py decode CODEC photo.dicm features.npy
@@ -22,8 +22,9 @@ from torch import Tensor
 from pretrain.codec import bitstream
 from pretrain.codec.bitstream import Layer, symbol_digest
 from pretrain.codec.coder import guard_list, guarded
-from pretrain.codec.entropy import CoderTables, SymbolDecoder, encode_symbols, scale_indexes
+from pretrain.codec.entropy import CoderTables, scale_indexes
 from pretrain.codec.gains import RateGains
+from pretrain.codec.symbols import SymbolDecoder, encode_symbols
 from pretrain.errors import BitstreamError, CodecError
 
 MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)[:, None, None]

@@ -33,7 +33,8 @@ from pretrain.codec import bitstream
 from pretrain.codec.backbone import pad_to
 from pretrain.codec.bitstream import ChannelList, Layer, StreamInfo, symbol_digest
 from pretrain.codec.coder import Choice
-from pretrain.codec.entropy import CoderTable, SymbolDecoder, encode_symbols
+from pretrain.codec.entropy import CoderTable
+from pretrain.codec.symbols import SymbolDecoder, encode_symbols
 from pretrain.errors import BitstreamError, CodecError
 
 STEP = 64  # sides are padded to multiples of it, which all models' strides divide

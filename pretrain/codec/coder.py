@@ -1,6 +1,6 @@
 """From latents to streams and back, for one set of weights.
 
-    z, y2 -> round(z * gain - medians) -> h_s in float64 -> means, scale indexes -> round((y2 - means) * gain) -> rANS
+    z, y2 -> round(z * gain - medians) -> h_s in float64 -> means, scale indexes -> round((y2 - means) * gain) -> bytes
 
 What the reader of a stream must find again exactly, the scale indexes, follows from z's integer symbols
 alone (and, with a context model, from the symbols of y2 before them): the networks run in float64 from there on, so
@@ -26,15 +26,13 @@ from pretrain.codec.context import CheckerboardContext, anchor_mask
 from pretrain.codec.entropy import (
     MAX_SYMBOL,
     SCALE_LEVELS,
-    STATE_BITS,
     CoderTables,
     LatentEntropy,
-    SymbolDecoder,
-    encode_symbols,
     scale_indexes,
 )
 from pretrain.codec.gains import RateGains
 from pretrain.codec.hyperprior import HyperSynthesis
+from pretrain.codec.symbols import SymbolDecoder, encode_symbols, state_bits
 from pretrain.errors import BitstreamError, CodecError
 
 Z_STRIDE = 64
@@ -173,10 +171,11 @@ class StreamCoder:
         y2_hat = y2_symbols.to(predicted.means.device) / y2_gain + predicted.means
         return y2_hat.float(), height, width
 
-    @property
-    def state_bits(self) -> int:
-        """Bits of a stream's layers beside those of their symbols."""
-        return STATE_BITS * len(self.groups)
+    def state_bits(self, places: int) -> int:
+        """Bits of a stream's layers beside those of their symbols, of an image with so many places of z."""
+        channels = torch.arange(self.latent_channels)
+        counts = [16 * places * len(channels[group]) for group in self.groups]
+        return sum(state_bits(count) for count in [counts[0] + places * self.z_channels, *counts[1:]])
 
     @torch.no_grad()
     def likelihoods(self, z_values: Tensor, y2_residuals: Tensor, y2_scales: Tensor) -> dict[str, Tensor]:

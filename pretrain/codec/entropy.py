@@ -1,7 +1,7 @@
-"""Entropy models: likelihoods for training, and integer symbols to bytes by rANS.
+"""Entropy models: likelihoods for training, and the integer tables that symbols are coded with.
 
 y1 and z follow factorized priors, y2 a Gaussian with mean and scale from the hyperprior (Ballé et al. 2018,
-Minnen et al. 2018); all from compressai, whose rANS codes the symbols. Three things are ours. The quantiles
+Minnen et al. 2018); all from compressai. Three things are ours. The quantiles
 of the factorized priors are solved by bisection from the prior itself, so there is no auxiliary loss and no
 second optimizer. A scale is coded by the nearest table, not the next wider one. And the coder's integer
 tables are part of an exported codec: computed once, they cannot differ between machines.
@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-from compressai import ans
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
 
-from pretrain.errors import BitstreamError, CodecError
+from pretrain.errors import CodecError
 
 # compressai's table of scales: 64 from 0.11 to 256, in geometric steps.
 SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
@@ -32,11 +31,8 @@ SCALE_MIN, SCALE_MAX, SCALE_LEVELS = 0.11, 256.0, 64
 MAX_TAIL = 4096.0
 # The coder counts in int32 and doubles what it escapes; no trained codec comes near.
 MAX_SYMBOL = 1 << 24
-STATE_BYTES = 8
 # A table shares out 2^16 counts, at least one to each of its symbols; what is escaped takes digits of four bits behind.
 TABLE_BITS, DIGIT_BITS = 16, 4
-# What the coder's start state costs a payload, with half a byte for the last one that is not full.
-STATE_BITS = 31 + 4
 
 
 def scale_table() -> list[float]:
@@ -173,7 +169,7 @@ class CoderTable:
     def likelihoods(self, symbols: Tensor, indexes: Tensor) -> Tensor:
         """2^-bits (float32) that the coder takes for each of `symbols` by table `indexes`, of any one shape.
 
-        To the coder's rounding, about 1e-4 of its bytes; its start state comes on top, `STATE_BITS` a payload.
+        To the coder's rounding, about 1e-4 of its bytes; its state comes on top (`symbols.state_bits`).
         """
         cdf, lengths, offsets = (table.to(symbols.device) for table in (self.cdf, self.lengths, self.offsets))
         places, indexes = symbols.long() - offsets[indexes.long()], indexes.long()
@@ -221,44 +217,3 @@ class CoderTables:
             for model in ("z", "y2")
         )
         return cls(z, y2)
-
-
-def encode_symbols(parts: Sequence[tuple[CoderTable, Tensor, Tensor]]) -> bytes:
-    """One rANS payload of one or more (table, symbols, indexes), in order; symbols and indexes flat int32.
-
-    The coder's last state, 8 bytes of which the top ones are often zero, goes to the end of the payload
-    without up to three of those zeros: what is left out follows from the length, for coded words have four
-    bytes.
-    """
-    encoder = ans.BufferedRansEncoder()
-    for table, symbols, indexes in parts:
-        encoder.encode_with_indexes(symbols.tolist(), indexes.tolist(), *table.lists(indexes))
-    coded = encoder.flush()
-    words, state = coded[STATE_BYTES:], coded[:STATE_BYTES]
-    zeros = min(len(state) - len(state.rstrip(b"\0")), 3)
-    return words + state[: STATE_BYTES - zeros]
-
-
-class SymbolDecoder:
-    """Reads the symbols of one payload, part after part, as `encode_symbols` wrote them.
-
-    Args:
-        payload: bytes that a checksum vouches for; what is not a payload decodes to other symbols.
-        num_symbols: of all parts.
-
-    Raises:
-        BitstreamError: too short to hold the coder's state.
-    """
-
-    def __init__(self, payload: bytes, num_symbols: int):
-        if len(payload) < STATE_BYTES - 3:
-            raise BitstreamError(f"layer of {len(payload)} bytes is too short for a coder's state; it is damaged")
-        whole = payload + bytes(-len(payload) % 4)
-        self._decoder = ans.RansDecoder()
-        # compressai's coder does not know where its input ends: what it reads behind it are these zeros.
-        self._decoder.set_stream(whole[-STATE_BYTES:] + whole[:-STATE_BYTES] + bytes(8 * num_symbols + 64))
-
-    def read(self, table: CoderTable, indexes: Tensor) -> Tensor:
-        """The next symbols (flat int32), one for each of `indexes` (flat int32)."""
-        symbols = self._decoder.decode_stream(indexes.tolist(), *table.lists(indexes))
-        return torch.tensor(symbols, dtype=torch.int32)

@@ -113,7 +113,7 @@ class FeatureCodec(nn.Module):
         f1, f2, f3 = (features[..., :height, :width] for features in (f1, f2, f3))
         bits = bits_per_image(likelihoods.values())
         if not self.entropy.z.training:
-            bits = bits + self._ready().state_bits
+            bits = bits + self._ready().state_bits(likelihoods["z"][0, 0].numel())
         return CodecOutput(f1, f2, f3, {"y1": y1, **likelihoods}, bits)
 
     def compress_features(self, f2: Tensor, rate: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from small_codecs import create_codec, random_images, with_options
 from torch import Tensor
 
+from pretrain.codec.bitstream import PLAIN
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.errors import BitstreamError, CodecError
 
@@ -65,9 +66,9 @@ def test_encode__all_channels_leave_no_rest(codec: FeatureCodec):
     assert torch.equal(codec.decode(stream), codec.decode(codec.encode(image)))
 
 
-def test_encode__streams_without_a_choice_are_as_they_were(codec: FeatureCodec):
-    """Version 2 to the byte: readers from before the lists read them."""
-    assert codec.encode(random_images(1, 64, 64)[0])[2] >> 4 == 2
+def test_encode__a_stream_without_a_choice_lists_nothing(codec: FeatureCodec):
+    info = codec.describe(codec.encode(random_images(1, 64, 64)[0]))
+    assert (info.version, info.channels) == (PLAIN, None)
 
 
 @pytest.mark.parametrize("channels", [[], [0, 0], [32], [-1]])

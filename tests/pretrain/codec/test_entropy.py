@@ -5,24 +5,20 @@ import math
 import pytest
 import torch
 from compressai.entropy_models import EntropyBottleneck
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pretrain.codec.entropy import (
     MAX_TAIL,
-    STATE_BITS,
     CoderTable,
     CoderTables,
     LatentEntropy,
-    SymbolDecoder,
     bottleneck_likelihood,
     bottleneck_round,
-    encode_symbols,
     scale_indexes,
     scale_table,
     solve_quantiles,
 )
-from pretrain.errors import BitstreamError, CodecError
+from pretrain.codec.symbols import SymbolDecoder, encode_symbols
+from pretrain.errors import CodecError
 
 
 def random_prior(channels: int = 8, seed: int = 0, spread: float = 1.0) -> EntropyBottleneck:
@@ -43,56 +39,11 @@ def tables() -> CoderTables:
     return CoderTables.build(entropy)
 
 
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), count=st.integers(16, 400), size=st.sampled_from([0, 1, 50, 10**6]))
-def test_encode_symbols__any_symbols_return(tables: CoderTables, seed: int, count: int, size: int):
-    torch.manual_seed(seed)
-    z, z_indexes = torch.randint(-size, size + 1, (count,)).int(), torch.randint(0, 4, (count,)).int()
-    y2, y2_indexes = torch.randint(-size, size + 1, (count,)).int(), torch.randint(0, 64, (count,)).int()
-    payload = encode_symbols([(tables.z, z, z_indexes), (tables.y2, y2, y2_indexes)])
-    reader = SymbolDecoder(payload, 2 * count)
-    assert torch.equal(reader.read(tables.z, z_indexes), z)
-    assert torch.equal(reader.read(tables.y2, y2_indexes), y2)
-
-
-@pytest.mark.parametrize("scale", [0.15, 0.4, 1.0, 3.1, 20.0])
-def test_encode_symbols__bytes_match_likelihoods(tables: CoderTables, scale: float):
-    torch.manual_seed(1)
-    scales = scale * torch.empty(20000).uniform_(0.9, 1.1)
-    values = (torch.randn(20000) * scales).round()
-    _, likelihoods = LatentEntropy(1).eval().y2_likelihood(values, torch.zeros(20000), scales)
-    payload = encode_symbols([(tables.y2, values.int(), scale_indexes(scales.double())[0])])
-    estimate = float(likelihoods.log2().sum()) / -8
-    assert abs(len(payload) - estimate) <= 0.01 * estimate + 8
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**31), size=st.sampled_from([1, 4, 60, 10**4, 10**7]))
-def test_likelihoods__are_what_the_coder_takes(tables: CoderTables, seed: int, size: int):
-    torch.manual_seed(seed)
-    symbols, indexes = torch.randint(-size, size + 1, (2000,)).int(), torch.randint(0, 64, (2000,)).int()
-    bits = -float(tables.y2.likelihoods(symbols, indexes).log2().sum()) + STATE_BITS
-    assert abs(len(encode_symbols([(tables.y2, symbols, indexes)])) - bits / 8) <= 1 + 1e-4 * bits / 8
-
-
 def test_scale_indexes__is_the_nearest_table():
     table = scale_table()
     assert scale_indexes(torch.tensor(table, dtype=torch.float64))[0].tolist() == list(range(64))
     scales = torch.tensor([-1.0, 0.0, 0.99 * table[30], 1.01 * table[30], 1e9], dtype=torch.float64)
     assert scale_indexes(scales)[0].tolist() == [0, 0, 30, 30, 63]
-
-
-@pytest.mark.parametrize("payload", [b"", b"\x01\x02\x03\x04"])
-def test_symbol_decoder__too_short_a_payload(payload: bytes):
-    with pytest.raises(BitstreamError, match="too short"):
-        SymbolDecoder(payload, 16)
-
-
-def test_symbol_decoder__garbage_gives_symbols_not_a_crash(tables: CoderTables):
-    indexes = torch.arange(4096, dtype=torch.int32) % 64
-    for seed in range(50):
-        garbage = bytes(torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(seed)).tolist())
-        assert SymbolDecoder(garbage, len(indexes)).read(tables.y2, indexes).shape == indexes.shape
 
 
 @pytest.mark.parametrize("seed", range(4))
