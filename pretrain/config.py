@@ -150,6 +150,11 @@ def _validate_stage(stage: StageConfig, config: PretrainConfig) -> None:
         _one_of(f"{key}.trains", part, PARTS)
     if not stage.trains:
         raise ConfigError(f"{key}.trains is empty; name at least one of {', '.join(PARTS)}")
+    if "redundancy" in stage.trains and not config.codec.redundancy:
+        raise ConfigError(
+            f"{key}.trains={stage.trains} with codec.redundancy=false: there is no RE to train; choose the others "
+            "with only=[...]"
+        )
     if "compression" in stage.trains and len(stage.trains) > 1:
         raise ConfigError(f"{key}.trains={stage.trains}: the compression network is trained alone")
     if ("backbone" in stage.trains) != (stage.contrast > 0):

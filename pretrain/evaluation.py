@@ -37,7 +37,7 @@ def pooled_features(codec: FeatureCodec, images: Tensor, depth: str) -> Tensor:
     else:
         features = codec.backbone.head(images)
         if depth == "f2":
-            features, _ = codec.redundancy(features)
+            features, _ = codec.eliminate(features)
     return codec.backbone.pool(codec.backbone.tail(features)[-1])
 
 

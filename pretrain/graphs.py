@@ -122,13 +122,15 @@ class EncoderGraph(nn.Module):
     def __init__(self, codec: FeatureCodec):
         super().__init__()
         self.stem, self.layer1 = _graph_of(codec.backbone.stem), _graph_of(codec.backbone.layer1)
-        self.redundancy = _graph_of(codec.redundancy)
+        self.redundancy = None if codec.redundancy is None else _graph_of(codec.redundancy)
         self.g_a, self.h_a = _graph_of(codec.g_a), _graph_of(codec.h_a)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        f1, prior = self.layer1(self.stem(images)), self.redundancy.entropy_bottleneck
-        f2 = self.redundancy.decode(bottleneck_round(prior, self.redundancy.encode(f1)))
-        y2 = self.g_a(f2)
+        features = self.layer1(self.stem(images))
+        if self.redundancy is not None:
+            prior = self.redundancy.entropy_bottleneck
+            features = self.redundancy.decode(bottleneck_round(prior, self.redundancy.encode(features)))
+        y2 = self.g_a(features)
         return y2, self.h_a(y2)
 
 

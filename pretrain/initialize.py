@@ -10,7 +10,7 @@ from pretrain.errors import CodecError
 
 # Options of a codec that may differ from those of the one it starts from: what they add starts fresh.
 ADDED = {"pretrained", "rate_points", "context", "context_depth", "base_channels", "guard"}
-REDUNDANCY = {"re_channels", "re_latent", "re_depths", "re_kernel", "block"}
+REDUNDANCY = {"redundancy", "re_channels", "re_latent", "re_depths", "re_kernel", "block"}
 
 
 def create_codec(config: PretrainConfig) -> FeatureCodec:

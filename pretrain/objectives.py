@@ -92,6 +92,7 @@ class RedundancyObjective(nn.Module):
 
     def __init__(self, codec: FeatureCodec, stage: StageConfig):
         super().__init__()
+        assert codec.redundancy is not None
         self.redundancy = codec.redundancy
         self.frozen = (codec.backbone,)  # a tuple hides it from DDP and from train()
         self.stage = stage
@@ -131,7 +132,7 @@ class CompressionObjective(nn.Module):
     def forward(self, view: Tensor, rate_weight: Tensor) -> Losses:
         (codec,) = self.codec
         with torch.no_grad():
-            f2, _ = codec.redundancy(codec.backbone.head(view))
+            f2, _ = codec.eliminate(codec.backbone.head(view))
         rate, weights = None, rate_weight
         if self.stage.rates:
             points = torch.randint(len(self.stage.rates), (len(view),), device=view.device)

@@ -101,7 +101,8 @@ def set_trained_parts(stage: StageConfig, codec: FeatureCodec, method: Method) -
     if stage.contrast > 0:
         method.set_redundancy("redundancy" in stage.trains)
         method.train()
-        codec.redundancy.eval()
+        if codec.redundancy is not None:
+            codec.redundancy.eval()
         for name, parameter in method.named_parameters():
             if not name.startswith(("encoder.", "momentum_encoder.")):
                 parameter.requires_grad_(method.trains(name))
@@ -119,6 +120,7 @@ def trained_modules(stage: StageConfig, codec: FeatureCodec) -> Iterator[nn.Modu
     if "backbone" in stage.trains:
         yield codec.backbone
     if "redundancy" in stage.trains:
+        assert codec.redundancy is not None
         yield codec.redundancy
     if "compression" in stage.trains:
         yield from compression_modules(codec)

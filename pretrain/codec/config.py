@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pretrain.errors import ConfigError
 
 BLOCKS = ("conv2former", "convformer")
+HYPERPRIORS = ("vit", "conv")
 CONTEXTS = ("none", "checkerboard")
 
 
@@ -18,6 +19,7 @@ class CodecConfig:
     backbone: str = "resnet50"  # any timm ResNet with stem and layer1..layer4
     pretrained: bool = False  # timm's weights in the backbone to start from
 
+    redundancy: bool = True  # RE between backbone and compression network; without it f2 is f1
     re_channels: int = 128  # RE: width of its three stages
     re_latent: int = 192  # channels of y1, at H/32
     re_depths: list[int] = field(default_factory=lambda: [1, 1, 2])  # blocks in each stage; 0: none there
@@ -29,6 +31,7 @@ class CodecConfig:
     rgc_orders: list[int] = field(default_factory=lambda: [2, 3, 4])  # at H/4, H/8, H/8; 0: no block there
     rgc_kernel: int = 7  # depthwise kernel of a recursive gated convolution
 
+    hyperprior: str = "vit"  # h_a, h_s: ViT blocks; or conv, 3x3 convolutions in their place
     hyper_dim: int = 384  # h_a, h_s: width of the tokens
     hyper_heads: int = 6
     hyper_head_dim: int = 64
@@ -48,6 +51,9 @@ class CodecConfig:
         """Refuse impossible values (ConfigError)."""
         if self.block not in BLOCKS:
             raise ConfigError(f"codec.block={self.block} is unknown; use {_nearest(self.block, BLOCKS)}")
+        if self.hyperprior not in HYPERPRIORS:
+            valid = _nearest(self.hyperprior, HYPERPRIORS)
+            raise ConfigError(f"codec.hyperprior={self.hyperprior} is unknown; use {valid}")
         if self.context not in CONTEXTS:
             raise ConfigError(f"codec.context={self.context} is unknown; use {_nearest(self.context, CONTEXTS)}")
         if self.context != "none" and self.base_channels:
@@ -63,8 +69,8 @@ class CodecConfig:
                 raise ConfigError(f"codec.{key}={value} is impossible; it must be at least 1")
         for key in ("re_depths", "rgc_orders"):
             value = getattr(self, key)
-            if len(value) != 3 or min(value) < 0 or max(value) < 1:
-                raise ConfigError(f"codec.{key}={value} needs three numbers, 0 for none and one of at least 1")
+            if len(value) != 3 or min(value) < 0:
+                raise ConfigError(f"codec.{key}={value} needs three numbers, 0 for none")
         for key in ("re_kernel", "rgc_kernel"):
             if getattr(self, key) % 2 == 0:
                 raise ConfigError(f"codec.{key}={getattr(self, key)} must be odd")
@@ -73,7 +79,7 @@ class CodecConfig:
                 f"codec.base_channels={self.base_channels} must lie in 0..{self.latent_channels - 1} "
                 "(latent_channels - 1); 0 puts all channels into one layer"
             )
-        divisor = 2 ** (max(self.rgc_orders) - 1)
+        divisor = 2 ** max(max(self.rgc_orders) - 1, 0)
         for key in ("transform_channels", "latent_channels"):
             if getattr(self, key) % (2 * divisor):
                 raise ConfigError(

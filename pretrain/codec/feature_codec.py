@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from compressai.entropy_models import EntropyBottleneck
 from torch import Tensor, nn
 
 from data_pipeline.views import normalize
@@ -47,6 +48,8 @@ from pretrain.errors import CodecError
 
 LATENT_STRIDE = 16
 PRECISIONS = ("fp32", "bf16")
+# Options that came later, at the values that codecs had before: they leave the fingerprints of those as they were.
+LATER = {"redundancy": True, "hyperprior": "vit"}
 # Layers of the backbone that read f3; no symbol and no feature of a stream depends on them.
 TAIL = ("backbone.layer2.", "backbone.layer3.", "backbone.layer4.")
 ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
@@ -82,7 +85,7 @@ class FeatureCodec(nn.Module):
         self.precision = "fp32"
         self.backbone = Backbone(config.backbone, config.pretrained)
         channels = self.backbone.channels
-        self.redundancy = RedundancyElimination(channels, config)
+        self.redundancy = RedundancyElimination(channels, config) if config.redundancy else None
         self.g_a, self.g_s = AnalysisTransform(channels, config), SynthesisTransform(channels, config)
         self.h_a, self.h_s = HyperAnalysis(config), HyperSynthesis(config)
         self.entropy = LatentEntropy(config.z_channels)
@@ -108,13 +111,20 @@ class FeatureCodec(nn.Module):
         self._settle()
         height, width = (math.ceil(side / HEAD_STRIDE) for side in images.shape[-2:])
         f1 = self.backbone.head(pad_to(images, Z_STRIDE))
-        f2, y1 = self.redundancy(f1)
+        f2, y1 = self.eliminate(f1)
         f3, likelihoods = self.compress_features(f2, rate)
         f1, f2, f3 = (features[..., :height, :width] for features in (f1, f2, f3))
         bits = bits_per_image(likelihoods.values())
         if not self.entropy.z.training:
             bits = bits + self._ready().state_bits(likelihoods["z"][0, 0].numel())
-        return CodecOutput(f1, f2, f3, {"y1": y1, **likelihoods}, bits)
+        return CodecOutput(f1, f2, f3, {**y1, **likelihoods}, bits)
+
+    def eliminate(self, f1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """f2 of f1, and the likelihoods of y1; without RE f1 itself, and none."""
+        if self.redundancy is None:
+            return f1, {}
+        f2, likelihoods = self.redundancy(f1)
+        return f2, {"y1": likelihoods}
 
     def compress_features(self, f2: Tensor, rate: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """f3 and the likelihoods of y2 and z, of f2 (N, C1, H/4, W/4) with H, W multiples of 64."""
@@ -164,7 +174,7 @@ class FeatureCodec(nn.Module):
         training loop calls it before it freezes a part; and it must be called after weights were changed
         behind autograd's back (`parameter.data.add_(...)`), which leaves no trace.
         """
-        for model in (self.redundancy.entropy_bottleneck, self.entropy.z):
+        for model in self._factorized():
             solve_quantiles(model)
         self._prior_stamp, self._coder_stamp = _stamp(self._priors()), None
 
@@ -173,8 +183,10 @@ class FeatureCodec(nn.Module):
 
         The part that decides symbols stays as it is, in float64.
         """
-        head, prior = (self.backbone.stem, self.backbone.layer1), (self.redundancy.encoder, self.redundancy.decoder)
-        for network in (*head, *prior, self.g_a, self.g_s, self.h_a):
+        networks = [self.backbone.stem, self.backbone.layer1, self.g_a, self.g_s, self.h_a]
+        if self.redundancy is not None:
+            networks += [self.redundancy.encoder, self.redundancy.decoder]
+        for network in networks:
             network.compile(*arguments, **options)
 
     def train(self, mode: bool = True) -> Self:
@@ -341,11 +353,13 @@ class FeatureCodec(nn.Module):
 
     def _transform(self, images: Tensor) -> Tensor:
         """y2 of normalised images with sides that are multiples of 64."""
-        f1, prior = self.backbone.head(images), self.redundancy.entropy_bottleneck
-        if prior.training:
-            f2, _ = self.redundancy(f1)
+        f1 = self.backbone.head(images)
+        if self.redundancy is None or self.redundancy.entropy_bottleneck.training:
+            f2, _ = self.eliminate(f1)
         else:  # the same without likelihoods, which no stream needs
-            f2 = self.redundancy.decode(bottleneck_round(prior, self.redundancy.encode(f1)))
+            f2 = self.redundancy.decode(
+                bottleneck_round(self.redundancy.entropy_bottleneck, self.redundancy.encode(f1))
+            )
         return self.g_a(f2)
 
     @contextmanager
@@ -366,8 +380,12 @@ class FeatureCodec(nn.Module):
         return self.entropy.z.quantiles.device
 
     def _priors(self) -> Iterator[Tensor]:
-        yield from self.redundancy.entropy_bottleneck.parameters()
-        yield from self.entropy.z.parameters()
+        for model in self._factorized():
+            yield from model.parameters()
+
+    def _factorized(self) -> list[EntropyBottleneck]:
+        """The models of y1, where there is RE, and of z."""
+        return [*([] if self.redundancy is None else [self.redundancy.entropy_bottleneck]), self.entropy.z]
 
     def _settle(self) -> None:
         """In eval mode, where values are rounded about medians, solve those of priors that have changed."""
@@ -375,7 +393,7 @@ class FeatureCodec(nn.Module):
             return
         stamp = _stamp(self._priors())
         if stamp is None or stamp != self._prior_stamp:
-            for model in (self.redundancy.entropy_bottleneck, self.entropy.z):
+            for model in self._factorized():
                 solve_quantiles(model)
             self._prior_stamp = _stamp(self._priors())
 
@@ -406,7 +424,11 @@ class FeatureCodec(nn.Module):
 
     def _weights_hash(self) -> bytes:
         weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(TAIL)}
-        return _hash({**asdict(self.config), "pretrained": False}, weights)
+        options = {**asdict(self.config), "pretrained": False}
+        for name, value in LATER.items():
+            if options[name] == value:
+                del options[name]
+        return _hash(options, weights)
 
     def _fingerprint(self, tables: CoderTables) -> bytes:
         return _hash({"weights": self._weights_hash().hex()}, tables.tensors())[:8]

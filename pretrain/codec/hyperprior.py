@@ -4,7 +4,8 @@
       z_hat -> 1x1 -> ViT -> x2 -> ViT -> x2 -> ViT -> 1x1 -> means, scales
 
 One block at each of three scales models dependencies over the whole latent. Attention is global while a side has at
-most `window` tokens and windowed above, so the cost of a picture grows with its number of pixels.
+most `window` tokens and windowed above, so the cost of a picture grows with its number of pixels. With
+`hyperprior: conv` each block is a pair of 3x3 convolutions, as in hyperpriors without attention.
 
 Sources: DICM (Tang, Yi, Wang 2025), Fig. 3; mean-scale hyperprior (Minnen, Ballé, Toderici 2018); ViT (Dosovitskiy
 et al. 2021) with relative positions (Liu et al. 2021).
@@ -84,6 +85,23 @@ class ViTBlock(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+class ConvBlock(nn.Module):
+    """x + two 3x3 convolutions of LeakyReLU x; (N, C, H, W) kept."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__()
+        dim = config.hyper_dim
+        self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x))))
+
+
+def create_block(config: CodecConfig) -> nn.Module:
+    """A block of the kind `config.hyperprior` names."""
+    return ViTBlock(config) if config.hyperprior == "vit" else ConvBlock(config)
+
+
 class HyperAnalysis(nn.Sequential):
     """h_a: y2 (N, latent_channels, H/16, W/16) -> z (N, z_channels, H/64, W/64)."""
 
@@ -91,11 +109,11 @@ class HyperAnalysis(nn.Sequential):
         dim = config.hyper_dim
         super().__init__(
             nn.Conv2d(config.latent_channels, dim, 1),
-            ViTBlock(config),
+            create_block(config),
             nn.Conv2d(dim, dim, 3, stride=2, padding=1),
-            ViTBlock(config),
+            create_block(config),
             nn.Conv2d(dim, dim, 3, stride=2, padding=1),
-            ViTBlock(config),
+            create_block(config),
             nn.Conv2d(dim, config.z_channels, 1),
         )
 
@@ -111,13 +129,13 @@ class HyperSynthesis(nn.Module):
         dim = config.hyper_dim
         self.body = nn.Sequential(
             nn.Conv2d(config.z_channels, dim, 1),
-            ViTBlock(config),
+            create_block(config),
             nn.Conv2d(dim, 4 * dim, 1),
             nn.PixelShuffle(2),
-            ViTBlock(config),
+            create_block(config),
             nn.Conv2d(dim, 4 * dim, 1),
             nn.PixelShuffle(2),
-            ViTBlock(config),
+            create_block(config),
         )
         self.head = nn.Conv2d(dim, 2 * config.latent_channels, 1)
         # Scales start at one: at zero they would sit on the lower bound, where gradients are one-sided.

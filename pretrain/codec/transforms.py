@@ -15,8 +15,13 @@ from pretrain.codec.gated_conv import RGCBlock
 
 
 def _block(channels: int, order: int, kernel: int, global_local: bool = False) -> nn.Module:
-    """A gated convolution of `order`; none at order 0, where a narrow codec saves its most expensive places."""
-    return RGCBlock(channels, order, kernel, global_local) if order else nn.Identity()
+    """A gated convolution of `order`; none at order 0, where a narrow codec saves its most expensive places.
+
+    In the deepest place two convolutions would meet without it.
+    """
+    if order:
+        return RGCBlock(channels, order, kernel, global_local)
+    return nn.LeakyReLU() if global_local else nn.Identity()
 
 
 class AnalysisTransform(nn.Sequential):
