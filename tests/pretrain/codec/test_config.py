@@ -27,7 +27,7 @@ def test_validate__takes_the_authors_sizes_and_small_ones(values: dict[str, Any]
         ({"latent_channels": 0}, ["codec.latent_channels=0", "at least 1"]),
         ({"window": -1}, ["codec.window=-1", "at least 1"]),
         ({"re_depths": [1, 1]}, ["codec.re_depths=[1, 1]", "three"]),
-        ({"rgc_orders": [2, -1, 4]}, ["codec.rgc_orders=[2, -1, 4]", "at least 1"]),
+        ({"rgc_orders": [2, -1, 4]}, ["codec.rgc_orders=[2, -1, 4]", "0 for none"]),
         ({"re_kernel": 10}, ["codec.re_kernel=10", "odd"]),
         ({"rgc_kernel": 4}, ["codec.rgc_kernel=4", "odd"]),
         ({"base_channels": 192}, ["codec.base_channels=192", "0..191"]),
