@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 app = typer.Typer()
+anchors = typer.Typer(no_args_is_help=True, help="Codecs of pixels to compare with.")
+app.add_typer(anchors, name="anchors")
 console = Console()
 TASK_NAMES = "classification, detection, instance_segmentation, semantic_segmentation"
 
@@ -115,6 +117,25 @@ def select_channels(
 
     written, drawn = select(run, num, out, chart)
     console.print(f"wrote {written} and {drawn}; next: gate=static channels={written}", soft_wrap=True)
+
+
+@anchors.command("train")
+def train_anchor(
+    model: Annotated[str, typer.Argument(help="Model of CompressAI's: mbt2018-mean, elic2022-official, ...")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options to change.")] = None,
+) -> None:
+    """Train a pixel codec of CompressAI's on your images, at one quality; the same command again resumes.
+
+    Writes RUN.safetensors. Runs called FOLDER/NAME-QUALITY make FOLDER a set: dicm evaluate ... anchor_weights=FOLDER.
+
+    Example: dicm anchors train mbt2018-mean data=data/tiny quality=2 run=anchors/mbt2018-mean-2
+    """
+    from downstream.finetune import resolve, run
+    from downstream.tasks.anchor import weights_path
+
+    config = resolve("anchor", [f"model={model}", *(overrides or [])])
+    _print(config.run, run(config))
+    console.print(f"wrote {weights_path(Path(config.run))}", soft_wrap=True)
 
 
 @app.command()

@@ -45,6 +45,10 @@ UNTRAINED = ("cheng2020-anchor-checkerboard", "elic2022-official", "elic2022-cha
 MODELS = (*image_models, *UNTRAINED)
 
 
+# Weights of 255^2 * MSE that the zoo's models were trained with, by quality (CompressAI, "Training").
+LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
+
+
 def most_quality(name: str) -> int:
     """The best quality that a model of the zoo has weights for."""
     return 6 if name.startswith("cheng2020") else 8

@@ -16,6 +16,7 @@ TASKS = {
     "detection": "Detection",
     "instance_segmentation": "InstanceSegmentation",
     "semantic_segmentation": "SemanticSegmentation",
+    "anchor": "Anchor",  # a pixel codec of CompressAI's, trained by the same launcher
 }
 
 

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cluster.metrics import read_rows
+from downstream import finetune
+from downstream.cli import app
+from downstream.errors import TaskError
+from downstream.evaluation.anchors import create_anchor
+from downstream.results import read_results
+
+
+def options(data: Path, run: Path, *further: str) -> list[str]:
+    return [f"data={data}", f"run={run}", "launcher=local", "image_size=64", "batch_size=8", "log_every=1", *further]
+
+
+@pytest.fixture(scope="module")
+def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("anchors") / "bmshj2018-hyperprior-1"
+    further = options(colours, folder, "quality=1", "epochs=4", "lr=3e-4")
+    done = CliRunner().invoke(app, ["anchors", "train", "bmshj2018-hyperprior", *further], catch_exceptions=False)
+    assert done.exit_code == 0 and "wrote" in done.output and "PSNR" in done.output
+    return folder
+
+
+def test_train__learns_and_writes_what_an_anchor_reads(trained: Path, colours: Path):
+    losses = [row["loss"] for row in read_rows(trained / "metrics.jsonl") if "loss" in row]
+    assert len(losses) == 24 and losses[-1] < 0.7 * losses[0]
+    results = read_results(trained)
+    assert 0 < results["bpp_payload"] < results["bpp"] and results["psnr"] > 5
+    anchor = create_anchor("bmshj2018-hyperprior:1", str(trained.with_suffix(".safetensors")))
+    image = np.full((64, 64, 3), (200, 40, 40), np.uint8)
+    assert anchor.decode(anchor.encode(image)).shape == image.shape
+
+
+def test_train__quantiles_fit_the_priors_without_an_optimizer_of_their_own(trained: Path):
+    """The medians are where each channel's cumulative is one half."""
+    task = finetune.open_run(trained).task
+    bottleneck = task.model.entropy_bottleneck
+    with torch.no_grad():
+        middle = torch.sigmoid(bottleneck._logits_cumulative(bottleneck.quantiles[:, :, 1:2], stop_gradient=True))
+    assert torch.allclose(middle, torch.full_like(middle, 0.5), atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("further", "words"),
+    [
+        (["model=jpeg2000"], "model=jpeg2000"),
+        (["model=cheng2020-attn", "quality=7"], "quality=7"),
+        (["image_size=70"], "image_size=70"),
+        (["lmbda=-1"], "lmbda=-1"),
+        (["cache=bitstreams"], "leave input, anchor and cache out"),
+    ],
+)
+def test_resolve__bad_options_are_named(colours: Path, tmp_path: Path, further: list[str], words: str):
+    given = [f"data={colours}", f"run={tmp_path}", *further]
+    with pytest.raises(TaskError, match=words):
+        finetune.resolve("anchor", given)
