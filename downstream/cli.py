@@ -58,7 +58,7 @@ def evaluate(
 
     config = resolve(what, overrides or [])
     rows = sweep(config, lambda progress: console.print(_line(progress), highlight=False, soft_wrap=True))
-    _print_sweep(config.out, rows)
+    _print_sweep(config.out, rows, config.against)
 
 
 @app.command()
@@ -157,8 +157,8 @@ def _line(progress: Any) -> str:
     return f"{progress.done}/{progress.total}  {row['run']}  {row['codec']} {row['quality']} {row['protocol']}: {rate}"
 
 
-def _print_sweep(out: str, rows: list[dict[str, Any]]) -> None:
-    from downstream.evaluation.rate_accuracy import curves_of
+def _print_sweep(out: str, rows: list[dict[str, Any]], against: str) -> None:
+    from downstream.evaluation.rate_accuracy import curves_of, deltas
     from downstream.results import percent
 
     shown = Table("codec", "protocol", "quality", "bpp, payload", rows[0]["metric"], "seeds", title=out)
@@ -170,6 +170,13 @@ def _print_sweep(out: str, rows: list[dict[str, Any]]) -> None:
                 str(point.num_seeds),
             )  # fmt: skip
     console.print(shown)
+    gains = Table(f"against {against}", "protocol", "BD-rate", "BD-accuracy", "warnings")
+    for curve, gain in deltas(curves_of(rows), against):
+        accuracy = "-" if gain.accuracy is None else f"{100 * gain.accuracy:+.1f} points"
+        rate = "-" if gain.rate is None else f"{100 * gain.rate:+.1f} %"
+        gains.add_row(curve.codec, curve.protocol, rate, accuracy, "; ".join(gain.warnings))
+    if gains.row_count:
+        console.print(gains)
     console.print(f"wrote {out}/results.csv and results.json", soft_wrap=True)
 
 

@@ -17,7 +17,7 @@ import math
 import statistics
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -114,6 +114,16 @@ def delta(anchor: Curve, test: Curve) -> Delta:
         told += [f"{name}: {str(warning.message).split(' You can')[0]}" for warning in caught]
     rate, accuracy = found
     return Delta(None if rate is None else rate / 100, accuracy, tuple(told))
+
+
+def deltas(curves: Sequence[Curve], against: str) -> list[tuple[Curve, Delta]]:
+    """What every other curve gains over that of the codec `against` under the same protocol, where there is one."""
+    anchors = {curve.protocol: curve for curve in curves if curve.codec == against}
+    return [
+        (curve, delta(anchors[curve.protocol], curve))
+        for curve in curves
+        if curve.codec != against and curve.protocol in anchors
+    ]
 
 
 def rate_at(curve: Curve, accuracy: float) -> float | None:

@@ -71,6 +71,7 @@ class SweepConfig:
     protocols: list[str] = field(default_factory=lambda: list(PROTOCOLS))
     epochs: int = 5  # protocol adapted
     options: list[str] = field(default_factory=list)  # further options of every adapted run: lr=0.01
+    against: str = "hevc"  # the anchor that BD-rates are relative to
     parallel: int = 1  # points at a time; they share the cores, or the GPU
 
     def validate(self) -> None:

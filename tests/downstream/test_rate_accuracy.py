@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from downstream.evaluation.rate_accuracy import Curve, RatePoint, curves_of, delta, rate_at
+from downstream.evaluation.rate_accuracy import Curve, RatePoint, curves_of, delta, deltas, rate_at
 
 
 def curve(*points: tuple[float, float], codec: str = "codec") -> Curve:
@@ -52,6 +52,14 @@ def test_delta__of_scaled_rates_is_the_scale(scale: float, steps: list[float]):
     points = [(0.1 * 2**n, 0.1 + sum(steps[:n])) for n in range(len(steps) + 1)]
     found = delta(curve(*points), curve(*((rate * scale, accuracy) for rate, accuracy in points)))
     assert found.rate == pytest.approx(scale - 1, rel=1e-6, abs=1e-9)
+
+
+def test_deltas__compare_curves_of_one_protocol():
+    frozen = Curve("anchor", "frozen", ANCHOR.points)
+    half = curve((0.05, 0.4), (0.1, 0.5), (0.2, 0.6), (0.4, 0.7))
+    ((compared, gain),) = deltas([ANCHOR, frozen, half], "anchor")
+    assert compared is half and gain.rate == pytest.approx(-0.5)
+    assert deltas([half], "anchor") == []
 
 
 def test_frontier__leaves_out_what_another_point_beats():
