@@ -66,6 +66,7 @@ class SweepConfig:
     qualities: list[str] = field(default_factory=list)  # for anchors that were given without one: 37, 42@0.5
     anchor_weights: str = "zoo"  # of models of CompressAI's; or a folder with NAME-QUALITY.safetensors
     streams: bool = True  # the runs' own codecs too
+    label: str = "dicm"  # what tables call these codecs
     rates: list[float] = field(default_factory=list)  # of a codec with a range of them; five by default
     gates: list[str] = field(default_factory=list)  # of tasks that read latents: dynamic, none, static:N, variance:N
     protocols: list[str] = field(default_factory=lambda: list(PROTOCOLS))
@@ -110,7 +111,7 @@ class Point:
 
     Attributes:
         run: base run.
-        codec, quality: as tables name them: "hevc" and "42@0.5"; "dicm" and a rate; "dicm static" and its channels.
+        codec, quality: as tables name them: "hevc" and "42@0.5"; "dicm" or "dicm static 32" and a rate, if any.
         options: of the fine-tune, over those of the base run.
         waits_for: name of the point whose gate chooses this one's channels.
     """
@@ -218,20 +219,21 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     elif config.rates:
         raise TaskError(f"rates={config.rates}: the codec of {run} has one rate; leave them out")
     gates = config.gates or (["dynamic"] if config.task == "semantic_segmentation" else [])
+    if any(text.startswith("static") for text in gates) and "dynamic" not in gates:
+        gates = ["dynamic", *gates]  # whose choices a static gate takes over
     teacher = f"teacher={Path(run) / TEACHER}"
     for rate in rates:
         rated = ["input=streams", f"rate={'null' if rate is None else f'{rate:g}'}"]
         quality = "" if rate is None else f"{rate:g}"
         if not gates:
             for protocol in PROTOCOLS:
-                yield Point(run, "dicm", quality, protocol, tuple(rated))
+                yield Point(run, config.label, quality, protocol, tuple(rated))
         for text in gates:
-            options = [*rated, *gate_options(text), teacher]
-            named = " ".join(part for part in (f"gate {text.replace(':', ' ')}", quality) if part)
-            waits = (
-                f"dicm-gate_dynamic{f'_{quality}' if quality else ''}-adapted" if text.startswith("static") else None
-            )
-            yield Point(run, "dicm", named.replace(" ", "_"), "adapted", tuple(options), waits)
+            options = (*rated, *gate_options(text), teacher)
+            made = Point(run, f"{config.label} {text.replace(':', ' ')}", quality, "adapted", options)
+            if text.startswith("static"):
+                made = replace(made, waits_for=replace(made, codec=f"{config.label} dynamic").name)
+            yield made
 
 
 def gate_options(text: str) -> list[str]:
