@@ -54,7 +54,8 @@ def evaluate(
 
         _print(what, evaluate_run(Path(what)))
         return
-    from downstream.evaluation.sweep import resolve, sweep
+    from downstream.evaluation.points import resolve
+    from downstream.evaluation.sweep import sweep
 
     config = resolve(what, overrides or [])
     rows = sweep(config, lambda progress: console.print(_line(progress), highlight=False, soft_wrap=True))
@@ -86,18 +87,29 @@ def predict(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders of `dicm finetune`.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN|SWEEP...", help="Folders of `dicm finetune`, or of `dicm evaluate`.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    markdown: Annotated[Path | None, typer.Option(help="Folder for the same as README.md with PNG files.")] = None,
     pretraining: Annotated[Path | None, typer.Option(help="Run folder of `dicm pretrain`, for its pictures.")] = None,
+    against: Annotated[str, typer.Option(help="Sweeps: the codec that BD-rates are relative to.")] = "hevc",
+    ablation: Annotated[
+        list[str] | None, typer.Option(help="Sweeps: label of a codec without a part, set beside the whole one.")
+    ] = None,
 ) -> None:
-    """Write one self-contained HTML file with curves, tables and pictures of fine-tuned runs.
+    """Write one self-contained HTML file with curves, tables and pictures of fine-tuned runs, or of sweeps.
 
-    Example: dicm report runs/classes runs/jpeg --pretraining runs/tiny -o report.html
+    Example: dicm report runs/sweep --markdown docs/results/evidence -o report.html
     """
-    from downstream.evaluation.report import report_of_runs
+    from downstream.evaluation.report import document_of
 
-    report_of_runs(runs, out, pretraining)
-    console.print(f"wrote {out}")
+    document = document_of(folders, pretraining, against, ablation or [])
+    document.write_html(out)
+    console.print(f"wrote {out}", soft_wrap=True, markup=False)
+    if markdown is not None:
+        document.write_markdown(markdown)
+        console.print(f"wrote {markdown}/README.md", soft_wrap=True, markup=False)
 
 
 @app.command("select-channels")

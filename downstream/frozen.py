@@ -183,6 +183,10 @@ class PixelInput:
         images = [self._pixels(stream) for stream in streams]
         return in_groups(images, lambda image: image.shape, lambda group: list(self._read(_images(np.stack(group)))))
 
+    def decode_pixels(self, stream: bytes) -> Tensor:
+        """The image (3, H, W) uint8 of what `encode` wrote."""
+        return _images(self._pixels(stream)[None])[0]
+
     def _pixels(self, stream: bytes) -> np.ndarray:
         if self.anchor is not None:
             return self.anchor.decode(stream)

@@ -1,11 +1,9 @@
-"""Pictures for reports: features as colours, curves of accuracy over rate, training curves."""
+"""Figures for reports: features as colours, curves of accuracy over rate, training curves."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import matplotlib as mpl
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -29,10 +27,10 @@ def png(image: Tensor) -> bytes:
     return encode_png(image.contiguous()).numpy().tobytes()
 
 
-def rate_accuracy_svg(results: list[dict[str, Any]]) -> str:
-    """Accuracy over bits per pixel, a line for each codec, as SVG; clean pixels as a level line."""
+def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
+    """Accuracy over bits per pixel, a line for each codec; clean pixels as a level line."""
     metric, title = next(iter(metric_titles(results[0]).items()))
-    figure, axes = _axes("bits per pixel of the validation images, whole files", f"{title}, %")
+    figure, axes = axes_of("bits per pixel of the validation images, whole files", f"{title}, %")
     for name, rows in grouped(results).items():
         colour = SERIES.get(name, INK)
         accuracies = [100 * (row[metric] or 0.0) for row in rows]
@@ -49,19 +47,19 @@ def rate_accuracy_svg(results: list[dict[str, Any]]) -> str:
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, labelcolor=INK)
-    return _svg(figure)
+    return figure
 
 
-def training_svg(rows: list[dict[str, Any]], key: str, label: str) -> str:
-    """A metric of a run over its steps, one colour a stage, as SVG."""
-    figure, axes = _axes("step", label, height=2.4)
+def training_figure(rows: list[dict[str, Any]], key: str, label: str) -> Figure:
+    """A metric of a run over its steps, one colour a stage."""
+    figure, axes = axes_of("step", label, height=2.4)
     stages = list(dict.fromkeys(row["stage"] for row in rows if key in row and "stage" in row))
     for stage, colour in zip(stages, [*SERIES.values()] * 2, strict=False):
         chosen = [row for row in rows if row.get("stage") == stage and row.get(key) is not None]
         steps, values = [row["step"] for row in chosen], [row[key] for row in chosen]
         axes.plot(steps, values, color=colour, marker="o" if len(values) < 12 else None, markersize=4, label=stage)
     axes.legend(frameon=False, labelcolor=INK, ncols=4, fontsize=9)
-    return _svg(figure)
+    return figure
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -80,7 +78,8 @@ def series_of(row: dict[str, Any]) -> str:
     return row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels"
 
 
-def _axes(x_label: str, y_label: str, height: float = 3.4) -> tuple[Figure, Any]:
+def axes_of(x_label: str, y_label: str, height: float = 3.4) -> tuple[Figure, Any]:
+    """A figure and its axes, readable on a light and on a dark ground."""
     figure = Figure(figsize=(5.8, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
@@ -93,11 +92,3 @@ def _axes(x_label: str, y_label: str, height: float = 3.4) -> tuple[Figure, Any]
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
     return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dicm"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

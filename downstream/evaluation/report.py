@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import importlib.metadata
 import os
 import platform
@@ -13,43 +11,22 @@ from typing import Any
 
 import torch
 
-from cluster.files import write_whole
 from cluster.metrics import METRICS, read_rows
 from data_pipeline.loader import eval_loader
 from data_pipeline.views import center_images, normalize
 from downstream.errors import TaskError
-from downstream.evaluation.pictures import grouped, pca_picture, png, rate_accuracy_svg, training_svg
+from downstream.evaluation.document import Block, Code, Document, Picture, Plot, Section, Table, Text, Tiles
+from downstream.evaluation.pictures import grouped, pca_picture, png, rate_accuracy_figure, training_figure
 from downstream.results import metric_titles, read_results, table
 from pretrain.codec.feature_codec import FeatureCodec
 
 PICTURE_SIZE = 192
 NUM_PICTURES = 5
+LEAD = (
+    "A codec of features, pretrained without labels and frozen. Tasks read its bitstreams without rebuilding pixels. "
+    "Rates are those of real streams."
+)
 PACKAGES = ("torch", "timm", "lightly", "compressai", "ray", "webdataset", "grad-cam", "fairscale")
-
-STYLE = """
-:root { color-scheme: light dark;
-  --ink: #1d2126; --soft: #5c6670; --ground: #fbfbfa; --card: #ffffff; --line: #e2e4e7; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaed; --soft: #9aa4ae; --ground: #15181b; --card: #1d2125; --line: #32383e; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; }
-p { margin: .5rem 0; max-width: 46rem; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
-figure { margin: 1rem 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
-figure svg, figure > img { width: 100%; height: auto; display: block; }
-figcaption { margin-top: .6rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .4rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; font-size: .85rem; }
-.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
-.tiles img { width: 100%; display: block; border-radius: .25rem; image-rendering: pixelated; }
-.tiles div { font-size: .8rem; color: var(--soft); }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem;
-  overflow-x: auto; font-size: .85rem; }
-"""
 
 
 @dataclass
@@ -73,106 +50,109 @@ class Report:
     commands: list[str] = field(default_factory=list)
     split: str = "val"
 
+    def document(self) -> Document:
+        """The report as a document."""
+        found = [self._accuracy(), self._guidance(), self._features(), self._training(), self._facts()]
+        return Document(self.title, LEAD, [section for section in found if section is not None])
+
     def write(self, path: Path) -> None:
         """Write the HTML file, whole or not at all."""
-        parts = [self._head(), self._accuracy(), self._guidance(), self._features(), self._training(), self._facts()]
-        page = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{html.escape(self.title)}</title>'
-            f"<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
-        )
-        try:
-            write_whole(path, page)
-        except OSError as error:
-            raise TaskError(f"{path}: cannot be written ({error.strerror}); name another file with -o") from error
+        self.document().write_html(path)
 
-    def _head(self) -> str:
-        return (
-            f"<h1>{html.escape(self.title)}</h1><p class='soft'>A codec of features, pretrained without labels and "
-            "frozen. Tasks read its bitstreams without rebuilding pixels. Rates are those of real streams.</p>"
-        )
-
-    def _accuracy(self) -> str:
+    def _accuracy(self) -> Section | None:
         if not self.results:
-            return ""
+            return None
         shown = [(row, table(row)) for rows in grouped(self.results).values() for row in rows]
         titles = list(dict.fromkeys(title for _, figures in shown for title in figures))
-        rows = [_cells("td", [_label(row), *(figures.get(title, "-") for title in titles)]) for row, figures in shown]
+        rows = [[_label(row), *(figures.get(title, "-") for title in titles)] for row, figures in shown]
         headline = next(iter(metric_titles(self.results[0]).values()))
-        return (
-            "<h2>Accuracy over rate</h2>"
-            + _figure(
-                rate_accuracy_svg(self.results),
-                f"{headline} on what is decoded from the codec's streams, and on pixels decoded from other codecs. "
-                "Further left and higher is better.",
-            )
-            + f"<div class='scroll'><table>{_cells('th', ['input', *titles])}"
-            f"{''.join(rows)}</table></div><p class='soft'>Whole files "
-            "count every byte. Payload leaves out headers, and for pixel codecs what a file of one flat colour "
-            "has too.</p>"
+        return Section(
+            "Accuracy over rate",
+            [
+                Plot(
+                    rate_accuracy_figure(self.results),
+                    f"{headline} on what is decoded from the codec's streams, and on pixels decoded from other codecs. "
+                    "Further left and higher is better.",
+                    "accuracy",
+                ),
+                Table(["input", *titles], rows),
+                Text(
+                    "Whole files count every byte. Payload leaves out headers, and for pixel codecs what a file of one "
+                    "flat colour has too.",
+                    soft=True,
+                ),
+            ],
         )
 
-    def _guidance(self) -> str:
-        pictures = sorted((self.pretraining / "samples").glob("guidance_*.png")) if self.pretraining else []
-        if not pictures:
-            return ""
-        shown = dict.fromkeys([pictures[0], pictures[len(pictures) // 2], pictures[-1]])
-        figures = [
-            _figure(
-                _image(path.read_bytes()),
+    def _guidance(self) -> Section | None:
+        return None if self.pretraining is None else guidance_section(self.pretraining)
+
+    def _features(self) -> Section | None:
+        if not self.codecs or self.data is None:
+            return None
+        return Section("What is kept", [feature_tiles(codec, self.data, self.split) for codec in self.codecs])
+
+    def _training(self) -> Section | None:
+        rows = read_rows(self.pretraining / METRICS) if self.pretraining else []
+        if not rows:
+            return None
+        captions = {
+            "knn": ("kNN accuracy", "kNN accuracy of the frozen features after each stage."),
+            "loss": ("loss", "Loss of each stage; stages minimise different things."),
+            "bpp": ("estimated bpp", "Estimated rate: of y1 while the redundancy elimination learns, of y2 and z while "
+                                     "the compression network does."),
+        }  # fmt: skip
+        return Section(
+            "Pretraining",
+            [
+                Plot(training_figure(rows, key, label), caption, f"training_{key}")
+                for key, (label, caption) in captions.items()
+                if any(key in row for row in rows)
+            ],
+        )
+
+    def _facts(self) -> Section:
+        return facts_section(self.timings, self.commands)
+
+
+def guidance_section(pretraining: Path) -> Section | None:
+    """Pictures of heatmaps, boxes and crops of a pretraining, of its begin, middle and end."""
+    pictures = sorted((pretraining / "samples").glob("guidance_*.png"))
+    if not pictures:
+        return None
+    shown = dict.fromkeys([pictures[0], pictures[len(pictures) // 2], pictures[-1]])
+    return Section(
+        "Where crops were guided to",
+        [
+            Picture(
+                path.read_bytes(),
                 f"Step {int(path.stem.removeprefix('guidance_'))}. Above: images with the box (white) and the "
                 "two crops that were drawn (green, magenta). Below: the momentum encoder's heatmap, in which red is "
                 "most active, and the box in which crops are centred.",
+                path.stem,
             )
             for path in shown
-        ]
-        return "<h2>Where crops were guided to</h2>" + "".join(figures)
+        ],
+    )
 
-    def _features(self) -> str:
-        if not self.codecs or self.data is None:
-            return ""
-        return "<h2>What is kept</h2>" + "".join(feature_figure(codec, self.data, self.split) for codec in self.codecs)
 
-    def _training(self) -> str:
-        rows = read_rows(self.pretraining / METRICS) if self.pretraining else []
-        if not rows:
-            return ""
-        parts = ["<h2>Pretraining</h2>"]
-        if any("knn" in row for row in rows):
-            parts.append(
-                _figure(
-                    training_svg(rows, "knn", "kNN accuracy"), "kNN accuracy of the frozen features after each stage."
-                )
-            )
-        parts.append(
-            _figure(training_svg(rows, "loss", "loss"), "Loss of each stage; stages minimise different things.")
-        )
-        parts.append(_figure(training_svg(rows, "bpp", "estimated bpp"), "Estimated rate: of y1 while the redundancy "
-                             "elimination learns, of y2 and z while the compression network does."))  # fmt: skip
-        return "".join(parts)
-
-    def _facts(self) -> str:
-        parts = ["<h2>How this was made</h2>"]
-        if self.timings:
-            rows = "".join(
-                f"<tr><td>{html.escape(name)}</td><td>{seconds:.0f} s</td></tr>"
-                for name, seconds in self.timings.items()
-            )
-            total = f"<tr><td>in all</td><td>{sum(self.timings.values()):.0f} s</td></tr>"
-            parts.append(f"<div class='scroll'><table><tr><th>step</th><th>time</th></tr>{rows}{total}</table></div>")
-        if self.commands:
-            parts.append(f"<pre>{html.escape(chr(10).join(self.commands))}</pre>")
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        parts.append(
-            f"<p class='soft'>Python {platform.python_version()}, {versions}; "
-            f"{len(os.sched_getaffinity(0))} CPU cores, {device}.</p>"
-        )
-        return "".join(parts)
+def facts_section(timings: dict[str, float], commands: list[str]) -> Section:
+    """Seconds by step, commands, and the machine with its packages."""
+    blocks: list[Block] = []
+    if timings:
+        rows = [[name, f"{seconds:.0f} s"] for name, seconds in timings.items()]
+        blocks.append(Table(["step", "time"], [*rows, ["in all", f"{sum(timings.values()):.0f} s"]]))
+    if commands:
+        blocks.append(Code("\n".join(commands)))
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    cores = len(os.sched_getaffinity(0))
+    blocks.append(Text(f"Python {platform.python_version()}, {versions}; {cores} CPU cores, {device}.", soft=True))
+    return Section("How this was made", blocks)
 
 
 @torch.inference_mode()
-def feature_figure(codec_folder: Path, data: str | Path, split: str) -> str:
+def feature_tiles(codec_folder: Path, data: str | Path, split: str) -> Tiles:
     """f1, f2 and f3 of a few images of a split as colours, beside the image and its stream's size."""
     codec = FeatureCodec.from_pretrained(codec_folder)
     size = codec.extra.get("image_size", 224)
@@ -182,7 +162,7 @@ def feature_figure(codec_folder: Path, data: str | Path, split: str) -> str:
     streams = codec.encode_batch(images)
     f3 = codec.decode_batch(streams)
     output = codec(normalize(images.float().div(255)))
-    tiles = []
+    tiles: list[tuple[bytes, str]] = []
     for i, stream in enumerate(streams):
         large = torch.nn.functional.interpolate(images[i : i + 1], size=(PICTURE_SIZE, PICTURE_SIZE), mode="nearest")[0]
         named = {
@@ -191,27 +171,51 @@ def feature_figure(codec_folder: Path, data: str | Path, split: str) -> str:
             "f2": pca_picture(output.f2[i], PICTURE_SIZE),
             f"f3, {len(stream)} bytes": pca_picture(f3[i], PICTURE_SIZE),
         }
-        tiles += [f"<div>{_image(png(picture))}{html.escape(name)}</div>" for name, picture in named.items()]
+        tiles += [(png(picture), words) for words, picture in named.items()]
     bpp = 8 * sum(map(len, streams)) / len(streams) / size**2
-    return (
-        f"<figure><div class='tiles'>{''.join(tiles)}</div><figcaption>{html.escape(codec_folder.name)}: f1 behind the "
-        f"backbone's head, f2 after redundancy elimination, f3 decoded from the bitstream ({bpp:.3f} bpp here). "
-        "Colours are the three principal components of each.</figcaption></figure>"
+    caption = (
+        f"{codec_folder.name}: f1 behind the backbone's head, f2 after redundancy elimination, f3 decoded from the "
+        f"bitstream ({bpp:.3f} bpp here). Colours are the three principal components of each."
     )
+    return Tiles(tiles, 4, caption, f"features_{codec_folder.name}")
 
 
-def report_of_runs(runs: list[Path], out: Path, pretraining: Path | None) -> None:
-    """Write the report of fine-tuned runs (TaskError where one has no results)."""
+def document_of(folders: list[Path], pretraining: Path | None, against: str, ablations: list[str]) -> Document:
+    """The report of runs, or of sweeps (TaskError: some of each, or a folder that is neither)."""
+    from downstream.evaluation.sweep_report import is_sweep
+
+    if pretraining is not None and not (pretraining / METRICS).is_file():
+        raise TaskError(f"{pretraining}: not a run folder of `dicm pretrain` (no {METRICS})")
+    sweeps = [folder for folder in folders if is_sweep(folder)]
+    if not sweeps:
+        return report_of_runs(folders, pretraining)
+    if runs := [folder for folder in folders if folder not in sweeps]:
+        raise TaskError(f"{runs[0]} is no sweep as {sweeps[0]} is; write a report for runs and one for sweeps")
+    return report_of_sweeps(sweeps, pretraining, against, ablations)
+
+
+def report_of_runs(runs: list[Path], pretraining: Path | None) -> Document:
+    """The report of fine-tuned runs (TaskError where one has no results)."""
     results = [read_results(folder) for folder in runs]
     tasks = list(dict.fromkeys(row["task"] for row in results))
     if len(tasks) > 1:
         raise TaskError(f"runs of {' and '.join(tasks)} have different metrics; write a report for each task")
-    if pretraining is not None and not (pretraining / METRICS).is_file():
-        raise TaskError(f"{pretraining}: not a run folder of `dicm pretrain` (no {METRICS})")
     named = dict.fromkeys(row["codec"] for row in results if row["input"] == "streams" and row["codec"])
     codecs = [Path(codec) for codec in named if Path(codec).is_dir()]
     split = results[0].get("val_split", "val")
-    Report("Rate and accuracy", results, pretraining, codecs, results[0]["data"], split=split).write(out)
+    return Report("Rate and accuracy", results, pretraining, codecs, results[0]["data"], split=split).document()
+
+
+def report_of_sweeps(
+    folders: list[Path], pretraining: Path | None, against: str, ablations: list[str], commands: list[str] | None = None
+) -> Document:
+    """The report of sweeps (TaskError where one has no table)."""
+    from downstream.evaluation.sweep_report import sweep_sections  # needs what only sweeps do
+
+    sections = sweep_sections(folders, against, ablations)
+    if pretraining is not None and (guided := guidance_section(pretraining)) is not None:
+        sections.append(guided)
+    return Document("Rate and accuracy", LEAD, [*sections, facts_section({}, commands or [])])
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -224,15 +228,3 @@ def _label(row: dict[str, Any]) -> str:
     if row.get("rate") is not None:
         name += f", rate {row['rate']:g}"
     return f"{name}, linear probe" if row.get("probe") else name
-
-
-def _cells(tag: str, texts: list[str]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(text)}</{tag}>' for text in texts)}</tr>"
-
-
-def _figure(content: str, caption: str) -> str:
-    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _image(data: bytes) -> str:
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data).decode()}">'

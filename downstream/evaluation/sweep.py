@@ -23,28 +23,23 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import MISSING
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.files import write_whole
-from cluster.recipes import change_config, config_diff, load_config, load_saved, save_config
+from cluster.recipes import change_config, config_diff, load_saved, save_config
 from downstream import finetune
 from downstream.channels import select_channels
 from downstream.errors import TaskError
-from downstream.evaluation.anchors import check_anchor
+from downstream.evaluation.points import Point, SweepConfig, points_of
 from downstream.results import read_results
-from downstream.tasks import task_class
-from downstream.tasks.semantic_segmentation import TEACHER
-from pretrain.codec.feature_codec import FeatureCodec
 
-PROTOCOLS = ("frozen", "adapted")
 POINTS, COSTS, OPTIONS = "points", "costs.json", "sweep.yaml"
 TABLE = ("results.csv", "results.json")
 COST_IMAGES, COST_REPEATS = 8, 3
@@ -52,81 +47,6 @@ COLUMNS = (
     "task", "data", "run", "seed", "codec", "quality", "protocol", "metric", "value", "bpp", "bpp_payload", "images",
     "encode_ms", "decode_ms", "encode_macs", "decode_macs", "train_seconds",
 )  # fmt: skip
-DEFAULT_RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass
-class SweepConfig:
-    """What a sweep covers."""
-
-    task: str = MISSING
-    runs: list[str] = field(default_factory=list)  # complete fine-tunes on clean pixels, one for each seed or codec
-    out: str = "runs/sweep"  # running again with the same one goes on
-    anchors: list[str] = field(default_factory=list)  # names, or NAME:QUALITY[@SCALE]
-    qualities: list[str] = field(default_factory=list)  # for anchors that were given without one: 37, 42@0.5
-    anchor_weights: str = "zoo"  # of models of CompressAI's; or a folder with NAME-QUALITY.safetensors
-    streams: bool = True  # the runs' own codecs too
-    label: str = "dicm"  # what tables call these codecs
-    rates: list[float] = field(default_factory=list)  # of a codec with a range of them; five by default
-    gates: list[str] = field(default_factory=list)  # of tasks that read latents: dynamic, none, static:N, variance:N
-    protocols: list[str] = field(default_factory=lambda: list(PROTOCOLS))
-    epochs: int = 5  # protocol adapted
-    options: list[str] = field(default_factory=list)  # further options of every adapted run: lr=0.01
-    against: str = "hevc"  # the anchor that BD-rates are relative to
-    parallel: int = 1  # points at a time; they share the cores, or the GPU
-
-    def validate(self) -> None:
-        """Refuse what cannot work, before any work starts (TaskError)."""
-        task_class(self.task)
-        if not self.runs:
-            raise TaskError("runs is empty; name complete runs of `dicm finetune ... input=pixels`: runs=a,b")
-        for protocol in self.protocols:
-            if protocol not in PROTOCOLS:
-                raise TaskError(f"protocols={protocol} is unknown; use one of {', '.join(PROTOCOLS)}")
-        for key in ("epochs", "parallel"):
-            if getattr(self, key) < 1:
-                raise TaskError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
-        for text in self.specs():
-            check_anchor(text)
-        for rate in self.rates:
-            if not 0 <= rate <= 1:
-                raise TaskError(f"rates={rate:g} is impossible; rates lie in 0..1")
-        for text in self.gates:
-            gate_options(text)
-        if not self.specs() and not self.streams:
-            raise TaskError("streams=false without anchors leaves nothing to measure; name anchors=jpeg:10,jpeg:30")
-
-    def specs(self) -> list[str]:
-        """Every anchor with every quality."""
-        bare = [name for name in self.anchors if ":" not in name]
-        if bare and not self.qualities:
-            raise TaskError(f"anchors={bare[0]} has no quality; give qualities=40,47 or anchors={bare[0]}:40")
-        pairs = [f"{name}:{quality}" for name in bare for quality in self.qualities]
-        return [*(name for name in self.anchors if ":" in name), *pairs]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A network on what one codec leaves of an image, at one rate.
-
-    Attributes:
-        run: base run.
-        codec, quality: as tables name them: "hevc" and "42@0.5"; "dicm" or "dicm static 32" and a rate, if any.
-        options: of the fine-tune, over those of the base run.
-        waits_for: name of the point whose gate chooses this one's channels.
-    """
-
-    run: str
-    codec: str
-    quality: str
-    protocol: str
-    options: tuple[str, ...]
-    waits_for: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Of its folder, in that of its base run."""
-        return "-".join([self.codec.replace(" ", "_"), *([self.quality] if self.quality else []), self.protocol])
 
 
 @dataclass
@@ -137,11 +57,6 @@ class Progress:
     total: int
     point: Point
     row: dict[str, Any]
-
-
-def resolve(task: str, overrides: list[str]) -> SweepConfig:
-    """The options of `dicm evaluate TASK key=value ...`, checked (RecipeError, TaskError)."""
-    return load_config(SweepConfig, None, [f"task={task}", *overrides], Path())
 
 
 def sweep(config: SweepConfig, tell: Callable[[Progress], None] = lambda _: None) -> list[dict[str, Any]]:
@@ -168,81 +83,6 @@ def sweep(config: SweepConfig, tell: Callable[[Progress], None] = lambda _: None
     if failures:
         raise TaskError(f"{len(failures)} of {len(points)} points failed, the others are in {out}; {failures[0]}")
     return rows
-
-
-def points_of(config: SweepConfig) -> list[Point]:
-    """The points of a sweep (TaskError: a base run is missing, incomplete or not on clean pixels)."""
-    names = [Path(run).name for run in config.runs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise TaskError(f"runs has two folders called {twice[0]}; points are filed under these names, rename one")
-    points: list[Point] = []
-    for run in config.runs:
-        base = _base(config.task, Path(run))
-        points += [
-            point for point in (*_anchor_points(config, run), *_own_points(config, run, base))
-            if point.protocol in config.protocols
-        ]  # fmt: skip
-    return points
-
-
-def _base(task: str, run: Path) -> Any:
-    """The options of a base run."""
-    base = finetune.load_run(run)
-    if base.task != task:
-        raise TaskError(f"runs={run} is a run of {base.task}, not of {task}")
-    if base.input != "pixels" or base.anchor is not None:
-        raise TaskError(
-            f"runs={run} reads {base.anchor or base.input}; a sweep starts from runs with input=pixels alone"
-        )
-    read_results(run)
-    return base
-
-
-def _anchor_points(config: SweepConfig, run: str) -> Iterator[Point]:
-    for text in config.specs():
-        spec = check_anchor(text)
-        options = ["input=pixels", f"anchor={spec}"]
-        if config.anchor_weights != "zoo":
-            options.append(f"anchor_weights={Path(config.anchor_weights) / f'{spec.name}-{spec.quality}.safetensors'}")
-        quality = str(spec).partition(":")[2]
-        for protocol in PROTOCOLS:
-            yield Point(run, spec.name, quality, protocol, tuple(options))
-
-
-def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
-    """Those of the run's own codec: its features, or gated latents."""
-    if not config.streams:
-        return
-    rates: list[float | None] = [None]
-    if base.codec is not None and FeatureCodec.from_pretrained(base.codec).config.rate_points > 1:
-        rates = [*(config.rates or DEFAULT_RATES)]
-    elif config.rates:
-        raise TaskError(f"rates={config.rates}: the codec of {run} has one rate; leave them out")
-    gates = config.gates or (["dynamic"] if config.task == "semantic_segmentation" else [])
-    if any(text.startswith("static") for text in gates) and "dynamic" not in gates:
-        gates = ["dynamic", *gates]  # whose choices a static gate takes over
-    teacher = f"teacher={Path(run) / TEACHER}"
-    for rate in rates:
-        rated = ["input=streams", f"rate={'null' if rate is None else f'{rate:g}'}"]
-        quality = "" if rate is None else f"{rate:g}"
-        if not gates:
-            for protocol in PROTOCOLS:
-                yield Point(run, config.label, quality, protocol, tuple(rated))
-        for text in gates:
-            options = (*rated, *gate_options(text), teacher)
-            made = Point(run, f"{config.label} {text.replace(':', ' ')}", quality, "adapted", options)
-            if text.startswith("static"):
-                made = replace(made, waits_for=replace(made, codec=f"{config.label} dynamic").name)
-            yield made
-
-
-def gate_options(text: str) -> list[str]:
-    """Options of a gate: "dynamic", "none", "static:32" or "variance:32" (TaskError: another)."""
-    name, _, count = text.partition(":")
-    counted = name in ("static", "variance")
-    if name not in ("dynamic", "none", "static", "variance") or counted != (count.isdecimal() and int(count) > 0):
-        raise TaskError(f"gates={text} is unknown; use dynamic, none, static:N or variance:N, N channels")
-    return [f"gate={name}", *([f"num_channels={count}"] if counted else [])]
 
 
 def _check_folder(config: SweepConfig, out: Path) -> None:

@@ -88,3 +88,29 @@ def finetuned(codec_folder: Path, colours: Path, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("runs") / "streams"
     run(resolve("classification", _options(codec_folder, colours, folder)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def clean(codec_folder: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run on clean pixels."""
+    from downstream import finetune
+
+    folder = tmp_path_factory.mktemp("runs") / "clean"
+    options = [
+        f"codec={codec_folder}", f"data={colours}", f"run={folder}", "launcher=local", "precision=fp32", "epochs=2",
+        "batch_size=12", "input=pixels",
+    ]  # fmt: skip
+    finetune.run(finetune.resolve("classification", options))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def swept(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over the codec and two anchors, in two processes."""
+    from downstream.evaluation.points import resolve
+    from downstream.evaluation.sweep import sweep
+
+    out = tmp_path_factory.mktemp("sweeps") / "sweep"
+    sweep(resolve("classification", [f"runs={clean}", f"out={out}", "anchors=jpeg:5,hevc:45@0.5", "epochs=1",
+                                     "options=lr=0.01", "parallel=2"]))  # fmt: skip
+    return out

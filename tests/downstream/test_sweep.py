@@ -9,30 +9,10 @@ import pytest
 
 from downstream import finetune
 from downstream.errors import TaskError
-from downstream.evaluation.sweep import COLUMNS, points_of, resolve, sweep
+from downstream.evaluation.points import points_of, resolve
+from downstream.evaluation.sweep import COLUMNS, sweep
 from downstream.finetune import load_run, trained_weights
 from downstream.results import read_results
-
-
-@pytest.fixture(scope="module")
-def clean(codec_folder: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run on clean pixels."""
-    folder = tmp_path_factory.mktemp("runs") / "clean"
-    options = [
-        f"codec={codec_folder}", f"data={colours}", f"run={folder}", "launcher=local", "precision=fp32", "epochs=2",
-        "batch_size=12", "input=pixels",
-    ]  # fmt: skip
-    finetune.run(finetune.resolve("classification", options))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def swept(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep over the codec and two anchors, in two processes."""
-    out = tmp_path_factory.mktemp("sweeps") / "sweep"
-    sweep(resolve("classification", [f"runs={clean}", f"out={out}", "anchors=jpeg:5,hevc:45@0.5", "epochs=1",
-                                     "options=lr=0.01", "parallel=2"]))  # fmt: skip
-    return out
 
 
 def test_sweep__writes_a_row_for_every_codec_and_protocol(swept: Path, clean: Path):

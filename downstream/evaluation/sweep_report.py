@@ -1,0 +1,272 @@
+"""Sections of a report on sweeps: curves, BD tables, pictures at equal rates, channel choices.
+
+In: folders of `dicm evaluate TASK`. Several of one task and data set are put together: codecs, seeds and ablations may
+have been swept apart. Tables have the shape of the papers': BD-rate and BD-accuracy of every codec on every data set
+(DICM, Tables I and II), bits, accuracy and time of gates (Liu, Fig. 5, Tables 1 and 3), transforms' multiply-adds
+(Liu, Table 2).
+
+Sources: DICM (Tang, Yi, Wang 2025); Liu, Sun, Katto 2022.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from downstream import finetune
+from downstream.errors import TaskError
+from downstream.evaluation.document import Block, Picture, Plot, Section, Table, Text, Tiles
+from downstream.evaluation.pictures import INK, axes_of, png
+from downstream.evaluation.rate_accuracy import Curve, Delta, curves_of, deltas, rate_at
+from downstream.evaluation.sweep import OPTIONS, POINTS, TABLE
+from downstream.results import percent
+
+COLOURS = ("#2f7ed8", "#d9822b", "#59a14f", "#c23b6b", "#9467bd", "#17a2b8", "#8c6d31", "#7f7f7f")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+NUM_PICTURES = 2
+MOST_COLUMNS = 5
+PICTURE_SCORE = 0.5
+NAMES = {"adapted": "task adapted to each codec", "frozen": "one task network, trained on clean pixels"}
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether `folder` is one of `dicm evaluate TASK`."""
+    return (folder / OPTIONS).is_file()
+
+
+def read_sweep(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a sweep, each with the folder of its fine-tune (TaskError: it has none yet)."""
+    path = folder / TABLE[1]
+    try:
+        rows = list(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise TaskError(f"{path}: cannot be read ({error}); finish the sweep with `dicm evaluate`") from error
+    return [{**row, "folder": str(folder / POINTS / row["run"] / point_name(row))} for row in rows]
+
+
+def point_name(row: dict[str, Any]) -> str:
+    """The name of the folder of a row's fine-tune."""
+    return "-".join([row["codec"].replace(" ", "_"), *([row["quality"]] if row["quality"] else []), row["protocol"]])
+
+
+def sweep_sections(folders: Sequence[Path], against: str, ablations: Sequence[str] = ()) -> list[Section]:
+    """Everything that is told of sweeps.
+
+    Args:
+        against: the anchor of BD tables.
+        ablations: codecs that are the whole one without a part; they get a table of their own against the first
+            codec that is neither an anchor nor one of them.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for folder in folders:
+        for row in read_sweep(folder):
+            groups[row["task"], row["data"]].append(row)
+    sections = [*bd_sections(groups, against, ablations)]
+    for (task, data), rows in groups.items():
+        sections.append(curve_section(task, data, [row for row in rows if row["codec"] not in ablations]))
+        sections.append(picture_section(data, [row for row in rows if row["codec"] not in ablations]))
+    sections.append(choice_section(folders))
+    return sections
+
+
+def bd_sections(
+    groups: dict[tuple[str, str], list[dict[str, Any]]], against: str, ablations: Sequence[str]
+) -> list[Section]:
+    """Tables I and II: a row for each codec, a column for each task and data set; and the ablations'."""
+    columns = {f"{task}, {data}": curves_of(rows) for (task, data), rows in groups.items()}
+    protocols = list(dict.fromkeys(curve.protocol for curves in columns.values() for curve in curves))
+    blocks: list[Block] = []
+    for protocol in protocols:
+        found: dict[str, dict[str, Delta]] = defaultdict(dict)
+        for title, curves in columns.items():
+            for curve, gain in deltas([curve for curve in curves if curve.protocol == protocol], against):
+                if curve.codec not in ablations:
+                    found[curve.codec][title] = gain
+        if found:
+            blocks += _delta_tables(found, list(columns), f"{NAMES.get(protocol, protocol)}, against {against}")
+    sections = [Section(f"What each codec saves against {against}", blocks)]
+    if ablations:
+        sections.append(ablation_section(columns, ablations))
+    return sections
+
+
+def _delta_tables(found: dict[str, dict[str, Delta]], titles: list[str], what: str) -> list[Block]:
+    rate_rows, accuracy_rows, notes = [], [], dict[str, None]()
+    for codec, gains in found.items():
+        rate_rows.append([codec, *(_rate(gains.get(title)) for title in titles)])
+        accuracy_rows.append([codec, *(_accuracy(gains.get(title)) for title in titles)])
+        for title, gain in gains.items():
+            notes.update(dict.fromkeys(f"{codec} on {title}: {warning}" for warning in gain.warnings))
+    return [
+        Table([f"BD-rate, {what}", *titles], rate_rows),
+        Table([f"BD-accuracy, {what}", *titles], accuracy_rows),
+        *(Text(note, soft=True) for note in notes),
+    ]
+
+
+def ablation_section(columns: dict[str, list[Curve]], ablations: Sequence[str]) -> Section:
+    """BD-rate of the codec without a part, against the whole one: above zero is worse."""
+    rows, notes = [], []
+    for name in ablations:
+        cells = []
+        for title, curves in columns.items():
+            whole = next((curve.codec for curve in curves if curve.codec.startswith("dicm")), None)
+            pairs = deltas([curve for curve in curves if curve.codec in (whole, name)], whole or "")
+            gains = [gain for curve, gain in pairs if curve.codec == name and curve.protocol == "adapted"]
+            cells.append(_rate(gains[0] if gains else None))
+            notes += [f"{name} on {title}: {warning}" for gain in gains for warning in gain.warnings]
+        rows.append([name, *cells])
+    table = Table(["BD-rate against the whole codec", *columns], rows)
+    return Section("Ablations", [table, *(Text(note, soft=True) for note in notes)])
+
+
+def curve_section(task: str, data: str, rows: list[dict[str, Any]]) -> Section:
+    """Curves of every protocol, and the table behind them."""
+    blocks: list[Block] = []
+    curves = curves_of(rows)
+    metric = rows[0]["metric"]
+    seeds = len({row["seed"] for row in rows})
+    for protocol in dict.fromkeys(curve.protocol for curve in curves):
+        chosen = [curve for curve in curves if curve.protocol == protocol]
+        caption = (
+            f"{metric} of {task} on {data}, {NAMES.get(protocol, protocol)}; bits of payloads, on a logarithmic scale. "
+            f"Means over {seeds} seed(s), bars are standard deviations. Hollow points are beaten by another one of the "
+            "same codec and are left out of BD-rates."
+        )
+        blocks.append(Plot(curves_figure(chosen, metric), caption, f"{task}_{data}_{protocol}"))
+    blocks.append(point_table(rows))
+    return Section(f"{task.replace('_', ' ').capitalize()}: {data}", blocks)
+
+
+def curves_figure(curves: Sequence[Curve], metric: str) -> Any:
+    """Accuracy over bits per pixel, a line for each codec along its best points."""
+    figure, axes = axes_of("bits per pixel, payload", f"{metric}, %")
+    for number, curve in enumerate(curves):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        best = curve.frontier()
+        axes.plot(
+            [point.bpp for point in best], [100 * point.accuracy for point in best], color=colour, linewidth=1.8,
+            label=curve.codec,
+        )  # fmt: skip
+        for point in curve.points:
+            axes.errorbar(
+                point.bpp, 100 * point.accuracy, yerr=100 * point.accuracy_spread or None, color=colour, marker=marker,
+                markerfacecolor=colour if point in best else "none", capsize=2, linestyle="none",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    return figure
+
+
+def point_table(rows: list[dict[str, Any]]) -> Table:
+    """Every point: rates with and without headers, accuracy, times, multiply-adds."""
+    payload, whole = curves_of(rows), {(c.codec, c.protocol): c for c in curves_of(rows, "bpp")}
+    lines = []
+    for curve in payload:
+        totals = {point.quality: point.bpp for point in whole[curve.codec, curve.protocol].points}
+        for point in curve.points:
+            of_point = [
+                row for row in rows
+                if (row["codec"], row["protocol"], row["quality"]) == (curve.codec, curve.protocol, point.quality)
+            ]  # fmt: skip
+            spread = f" ± {100 * point.accuracy_spread:.1f}" if point.num_seeds > 1 else ""
+            name = " ".join(part for part in (curve.codec, point.quality) if part)
+            lines.append([
+                name, curve.protocol, f"{totals[point.quality]:.4f}",
+                f"{point.bpp:.4f}", percent(point.accuracy) + spread, str(point.num_seeds),
+                *(_mean(of_point, key, digits) for key, digits in _COSTS),
+            ])  # fmt: skip
+    header = [
+        "codec", "protocol", "bpp, whole files", "bpp, payload", rows[0]["metric"], "seeds", "encoding, ms",
+        "decoding and task, ms", "encoder, MAC/px", "decoder and task, MAC/px",
+    ]  # fmt: skip
+    return Table(header, lines)
+
+
+_COSTS = (("encode_ms", 1), ("decode_ms", 1), ("encode_macs", 0), ("decode_macs", 0))
+
+
+def _mean(rows: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return f"{sum(values) / len(values):.{digits}f}" if values else "-"
+
+
+def picture_section(data: str, rows: list[dict[str, Any]]) -> Section:
+    """A few images under each codec at about the same rate, with what the adapted task sees in them."""
+    chosen = at_equal_rate([row for row in rows if row["protocol"] == "adapted"])
+    columns = min(len(chosen) + 1, MOST_COLUMNS)
+    tiles: list[tuple[bytes, str]] = []
+    for number in range(NUM_PICTURES if chosen else 0):
+        for place, row in enumerate(chosen[: MOST_COLUMNS - 1]):
+            image, drawn, num_bytes = predicted(Path(row["folder"]), number)
+            if place == 0:
+                tiles.append((png(image), "image"))
+            tiles.append((png(drawn), f"{row['codec']} {row['quality']}, {num_bytes} bytes"))
+    if not tiles:
+        return Section(f"Pictures: {data}", [])
+    caption = (
+        "The same images at about the same rate under each codec, with the prediction of the task adapted to it drawn "
+        "on what the task reads: decoded pixels, or the features of the stream in false colours."
+    )
+    return Section(f"Pictures: {data}", [Tiles(tiles, columns, caption, f"pictures_{data}")])
+
+
+def at_equal_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of each codec, those nearest to the rate that the codec with the highest least rate begins at."""
+    by_codec: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["bpp_payload"] > 0 and (Path(row["folder"]) / "config.yaml").is_file():
+            by_codec[row["codec"]].append(row)
+    if not by_codec:
+        return []
+    target = math.log(max(min(row["bpp_payload"] for row in found) for found in by_codec.values()))
+    return [min(found, key=lambda row: abs(math.log(row["bpp_payload"]) - target)) for found in by_codec.values()]
+
+
+@torch.no_grad()
+def predicted(run: Path, number: int) -> tuple[Tensor, Tensor, int]:
+    """The `number`-th validation image, the run's prediction drawn on what it reads, and the stream's bytes."""
+    tuner = finetune.open_run(run)
+    tuner.logger.close()
+    task = tuner.task
+    task.model.eval()
+    image = task.examples(number + 1)[number].cpu()
+    stream = task.stream_of(image)
+    received, height, width = task.receive_stream(stream)
+    ground = task.picture(received, height, width)
+    if task.config.input == "pixels":
+        ground = image if task.config.anchor is None else task.source.decode_pixels(stream)
+    return image, task.draw(ground.cpu(), task.predict(received, height, width), PICTURE_SCORE), len(stream)
+
+
+def choice_section(folders: Sequence[Path]) -> Section:
+    """The charts of channels that static gates took over."""
+    charts = [path for folder in folders for path in sorted((folder / POINTS).glob("*/*static*.png"))]
+    return Section(
+        "Which channels gates choose",
+        [Picture(path.read_bytes(), f"{path.parent.name}: {path.stem}.", path.stem) for path in charts],
+    )
+
+
+def savings_at(ours: Curve, theirs: Curve) -> tuple[float, float] | None:
+    """At the best accuracy that both reach: that accuracy, and the share of `theirs` bits that `ours` saves."""
+    accuracy = min(ours.frontier()[-1].accuracy, theirs.frontier()[-1].accuracy)
+    rates = rate_at(ours, accuracy), rate_at(theirs, accuracy)
+    if rates[0] is None or rates[1] is None:
+        return None
+    return accuracy, 1 - rates[0] / rates[1]
+
+
+def _rate(gain: Delta | None) -> str:
+    return "-" if gain is None or gain.rate is None else f"{100 * gain.rate:+.1f} %"
+
+
+def _accuracy(gain: Delta | None) -> str:
+    return "-" if gain is None or gain.accuracy is None else f"{100 * gain.accuracy:+.1f}"

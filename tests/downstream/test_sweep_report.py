@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from downstream.cli import app
+from downstream.errors import TaskError
+from downstream.evaluation.document import Code, Document, Picture, Section, Table, Text, Tiles
+from downstream.evaluation.points import resolve
+from downstream.evaluation.rate_accuracy import Curve, RatePoint
+from downstream.evaluation.report import document_of
+from downstream.evaluation.sweep import sweep
+from downstream.evaluation.sweep_report import ablation_section, at_equal_rate, bd_sections, savings_at
+
+RATES = {"hevc": 0.4, "dicm": 0.1, "without RE": 0.2}
+
+
+def rows(codec: str, factor: float) -> list[dict[str, Any]]:
+    """A codec that needs `factor` of the bits that it should."""
+    return [
+        {
+            "task": "classification", "data": "tiny", "codec": codec, "protocol": "adapted", "quality": str(n), "seed": 0,
+            "metric": "top1", "value": 0.4 + 0.1 * n, "bpp": 1 + factor * 2**n, "bpp_payload": factor * 2**n,
+        }
+        for n in range(4)
+    ]  # fmt: skip
+
+
+GROUPS = {("classification", "tiny"): [row for codec, factor in RATES.items() for row in rows(codec, factor)]}
+
+
+def test_bd_sections__have_the_shape_of_the_papers_tables():
+    whole, ablations = bd_sections(GROUPS, "hevc", ["without RE"])
+    rate, accuracy = (block for block in whole.blocks if isinstance(block, Table))
+    assert rate.header[1] == "classification, tiny" and [list(row) for row in rate.rows] == [["dicm", "-75.0 %"]]
+    assert [list(row) for row in accuracy.rows] == [["dicm", "+20.0"]]  # two octaves, at 0.1 each
+    (table, *_) = ablations.blocks
+    assert isinstance(table, Table) and [list(row) for row in table.rows] == [["without RE", "+100.0 %"]]
+
+
+def test_ablation_section__what_is_missing_is_a_dash():
+    (table,) = ablation_section({"tiny": []}, ["without RE"]).blocks
+    assert isinstance(table, Table) and list(table.rows[0]) == ["without RE", "-"]
+
+
+def test_savings_at__the_best_accuracy_that_both_reach():
+    ours = Curve("a", "adapted", (RatePoint("0", 0.1, 0.4), RatePoint("1", 0.2, 0.6)))
+    theirs = Curve("b", "adapted", (RatePoint("0", 0.2, 0.3), RatePoint("1", 0.8, 0.5), RatePoint("2", 0.9, 0.6)))
+    assert savings_at(ours, theirs) == (0.6, pytest.approx(1 - 0.2 / 0.9))
+
+
+def test_at_equal_rate__takes_the_row_of_each_codec_nearest_to_a_rate_that_all_reach(tmp_path: Path):
+    (tmp_path / "config.yaml").touch()
+    chosen = at_equal_rate([{**row, "folder": str(tmp_path)} for row in GROUPS["classification", "tiny"]])
+    assert [(row["codec"], row["bpp_payload"]) for row in chosen] == [
+        ("hevc", 0.4), ("dicm", pytest.approx(0.4)), ("without RE", pytest.approx(0.4)),
+    ]  # fmt: skip
+
+
+def test_report__of_a_sweep_in_one_page_and_as_markdown(swept: Path, tmp_path: Path):
+    page, folder = tmp_path / "report.html", tmp_path / "markdown"
+    done = CliRunner().invoke(
+        app, ["report", str(swept), "-o", str(page), "--markdown", str(folder), "--against", "jpeg"],
+        catch_exceptions=False,
+    )  # fmt: skip
+    assert done.exit_code == 0
+    html, text = page.read_text(), (folder / "README.md").read_text()
+    for words in ("What each codec saves against jpeg", "Classification: colours", "hevc 45@0.5", "usable point"):
+        assert words in html and words in text
+    assert "data:image/png;base64," in html and not re.search(r'(src|href)="(?!data:|#)', html)
+    pictures = re.findall(r"\]\(([^)]+)\)", text)
+    assert pictures and all((folder / name).stat().st_size > 0 for name in pictures)
+
+
+def test_document_of__runs_and_sweeps_are_not_mixed(swept: Path, finetuned: Path):
+    with pytest.raises(TaskError, match="is no sweep"):
+        document_of([swept, finetuned], None, "hevc", [])
+
+
+def test_sweep__a_damaged_table_is_made_again(swept: Path, clean: Path, tmp_path: Path):
+    copy = tmp_path / "sweep"
+    shutil.copytree(swept, copy)
+    (copy / "results.json").write_text("{")
+    with pytest.raises(TaskError, match=r"results\.json"):
+        document_of([copy], None, "hevc", [])
+    found = sweep(resolve("classification", [f"runs={clean}", f"out={copy}", "anchors=jpeg:5,hevc:45@0.5", "epochs=1",
+                                             "options=lr=0.01"]))  # fmt: skip
+    assert json.loads((copy / "results.json").read_text()) == found
+
+
+def test_document__escapes_in_html_and_keeps_order_in_markdown(tmp_path: Path):
+    blocks = [Text("a < b"), Table(["x|y", "z"], [["1", "2"]]), Code("dicm demo"), Picture(b"png", "seen", "picture"),
+              Tiles([(b"one", "first"), (b"two", "second"), (b"three", "third")], 2, "tiles", "tile")]  # fmt: skip
+    document = Document("<title>", "lead", [Section("one", blocks), Section("empty", [])])
+    document.write_html(tmp_path / "page.html")
+    document.write_markdown(tmp_path / "docs")
+    page, text = (tmp_path / "page.html").read_text(), (tmp_path / "docs" / "README.md").read_text()
+    assert "&lt;title&gt;" in page and "a &lt; b" in page and "empty" not in page + text
+    assert "| x\\|y | z |\n| --- | --- |\n| 1 | 2 |" in text
+    assert sorted(path.name for path in (tmp_path / "docs").iterdir()) == [
+        "README.md", "picture.png", "tile_00.png", "tile_01.png", "tile_02.png",
+    ]  # fmt: skip
+    assert [text.index(word) for word in ("a < b", "x\\|y", "dicm demo", "picture.png", "tile_02.png")] == sorted(
+        text.index(word) for word in ("a < b", "x\\|y", "dicm demo", "picture.png", "tile_02.png")
+    )
