@@ -33,12 +33,14 @@ class SweepConfig:
     qualities: list[str] = field(default_factory=list)  # for anchors that were given without one: 37, 42@0.5
     anchor_weights: str = "zoo"  # of models of CompressAI's; or a folder with NAME-QUALITY.safetensors
     streams: bool = True  # the runs' own codecs too
+    codec: str | None = None  # exported codec of the same backbone, in place of the runs' own
     label: str = "dicm"  # what tables call these codecs
     rates: list[float] = field(default_factory=list)  # of a codec with a range of them; five by default
     gates: list[str] = field(default_factory=list)  # of tasks that read latents: dynamic, none, static:N, variance:N
     protocols: list[str] = field(default_factory=lambda: list(PROTOCOLS))
     epochs: int = 5  # protocol adapted
     options: list[str] = field(default_factory=list)  # further options of every adapted run: lr=0.01
+    anchor_options: list[str] = field(default_factory=list)  # and of those on pixels: train_head=true,cache=bitstreams
     against: str = "hevc"  # the anchor that BD-rates are relative to
     parallel: int = 1  # points at a time; they share the cores, or the GPU
 
@@ -145,16 +147,18 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     if not config.streams:
         return
     rates: list[float | None] = [None]
-    if base.codec is not None and FeatureCodec.from_pretrained(base.codec).config.rate_points > 1:
+    codec = config.codec or base.codec
+    if codec is not None and FeatureCodec.from_pretrained(codec).config.rate_points > 1:
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:
-        raise TaskError(f"rates={config.rates}: the codec of {run} has one rate; leave them out")
+        raise TaskError(f"rates={config.rates}: the codec {codec} has one rate; leave them out")
     gates = config.gates or (["dynamic"] if config.task == "semantic_segmentation" else [])
     if any(text.startswith("static") for text in gates) and "dynamic" not in gates:
         gates = ["dynamic", *gates]  # whose choices a static gate takes over
     teacher = f"teacher={Path(run) / TEACHER}"
     for rate in rates:
-        rated = ["input=streams", f"rate={'null' if rate is None else f'{rate:g}'}"]
+        named = [f"codec={codec}"] if codec is not None else []
+        rated = ["input=streams", *named, f"rate={'null' if rate is None else f'{rate:g}'}"]
         quality = "" if rate is None else f"{rate:g}"
         if not gates:
             for protocol in PROTOCOLS:

@@ -91,7 +91,7 @@ def _check_folder(config: SweepConfig, out: Path) -> None:
     if not path.is_file():
         return
     before = load_saved(SweepConfig, path)
-    keys = {"task", "epochs", "options", "anchor_weights"}
+    keys = {"task", "epochs", "options", "anchor_options", "anchor_weights"}
     differences = [item for item in config_diff(before, config) if item.key.partition(".")[0] in keys]
     if differences:
         item = differences[0]
@@ -169,7 +169,8 @@ def point_config(config: SweepConfig, point: Point, folder: Path) -> Any:
         "run": str(folder), "launcher": "local", "workers": 1, "epochs": config.epochs if adapted else 0,
         "init": None if any(option.startswith("teacher=") for option in options) else point.run,
     }  # fmt: skip
-    return change_config(replace(base, **own), [*options, *(config.options if adapted else [])])
+    further = [*config.options, *(config.anchor_options if "input=pixels" in options else [])]
+    return change_config(replace(base, **own), [*options, *(further if adapted else [])])
 
 
 def costs_of(folder: Path) -> dict[str, float | None]:

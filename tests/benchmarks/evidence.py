@@ -1,0 +1,372 @@
+"""Rate and accuracy against every codec people know, from official layouts to a report, within a budget of time.
+
+    python tests/benchmarks/evidence.py --data ROOT --budget-minutes 170 [--out evidence] [--only tiny_imagenet20 ...]
+        [--seeds 3] [--scale 1.0] [--no-ablations] [--json FILE]
+
+ROOT holds data sets in the official layouts: tiny_imagenet20, clothing (ImageFolder), camvid_as_cityscapes, raccoon_voc;
+those that are there are used, and scenes are drawn besides. For each: build shards, pretrain a codec without labels and
+export it, fine-tune the task on clean pixels, sweep codecs and rates from there (`dicm evaluate`), with the first seed;
+then ablations of the codec; then further seeds. Every step is a command that can be typed, is passed over when its
+result is there, and goes on where it was stopped: at the end of the budget the one that runs gets SIGTERM and saves.
+The report tells what there is, `report.html` and `markdown/`.
+
+Prints the claims with what was found. Figures in --json: `claims` (name -> wanted, found), `deltas` (study -> codec ->
+BD-rate and BD-accuracy against HEVC intra), `seconds` by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from downstream.errors import TaskError
+from downstream.evaluation.rate_accuracy import Curve, curves_of, deltas, rate_at
+from downstream.evaluation.report import report_of_sweeps
+from downstream.evaluation.sweep_report import read_sweep, savings_at
+
+GRACE_SECONDS = 180  # for a step that was told to stop
+RATES = "rates=0,0.25,0.5,0.75,1"
+HEVC = "hevc:51,hevc:47,hevc:42,hevc:37,hevc:47@0.5,hevc:42@0.5,hevc:37@0.5,hevc:32@0.5"
+OTHERS = "jpeg:5,jpeg:20,webp:0,webp:20,avif:10,avif:30"
+# Options of pretrainings without a part, or with one that the recipe leaves out. Those that change the codec stage alone
+# start from the whole one's backbone, and the task from its network on clean pixels.
+ABLATIONS: dict[str, list[str]] = {
+    "without gated convolutions": ["codec.rgc_orders=[0,0,0]"],
+    "without ViT hyperprior": ["codec.hyperprior=conv"],
+    "fidelity at f3 alone": ["stages.codec.distortion=1", "stages.codec.features=[0,0,0]"],
+    "with redundancy elimination": ["codec.redundancy=true"],
+    "without guidance": ["ssl.heatmap.warmup=100000"],
+    "without contrastive stage": ["only=[codec]"],
+}
+OWN_BACKBONE = ("without guidance", "without contrastive stage")
+STAGES = {"with redundancy elimination": "redundancy,joint,codec"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One data set and one task on it.
+
+    Attributes:
+        folder: below the data root; None draws scenes.
+        layout: of `dicm data build`.
+        build, pretrain, task, adapt: options of the commands; `recipe` of the fine-tune.
+        task_epochs, adapt_epochs: at scale 1.
+        anchors: of the sweep.
+        gates: of the sweep, for a task that reads latents.
+        ablate: whether ablations are measured here.
+    """
+
+    name: str
+    folder: str | None
+    layout: str
+    task: str
+    recipe: str
+    build: list[str] = field(default_factory=list)
+    pretrain: list[str] = field(default_factory=list)
+    epochs: dict[str, float] = field(default_factory=dict)
+    options: list[str] = field(default_factory=list)
+    anchor_options: list[str] = field(default_factory=list)
+    task_epochs: int = 10
+    adapt_epochs: int = 5
+    anchors: str = HEVC
+    gates: str = ""
+    ablate: bool = False
+    codec_of: str | None = None  # another study, whose codec this one reads
+
+
+CLASSIFICATION = {"task": "classification", "recipe": "classification",
+                  "anchor_options": ["train_head=true", "cache=bitstreams", "cache_views=2"]}  # fmt: skip
+STUDIES = [
+    Study("tiny_imagenet20", "tiny_imagenet20", "imagefolder", **CLASSIFICATION, task_epochs=20, adapt_epochs=5,
+          epochs={"ssl": 40, "codec": 8}, anchors=f"{HEVC},{OTHERS}", ablate=True),
+    Study("clothing", "clothing", "imagefolder", **CLASSIFICATION, task_epochs=20, adapt_epochs=5,
+          pretrain=["image_size=128", "canvas_size=144"], epochs={"ssl": 40, "codec": 16}),
+    Study("camvid", "camvid_as_cityscapes", "cityscapes", "semantic_segmentation", "semantic_segmentation_small",
+          pretrain=["image_size=128", "canvas_size=192"], epochs={"ssl": 200, "codec": 200}, task_epochs=60,
+          adapt_epochs=30, gates="dynamic,static:32,static:16,variance:32,variance:16",
+          anchors="hevc:51,hevc:47,hevc:42,hevc:37,hevc:32"),
+    Study("raccoon", "raccoon_voc", "voc", "detection", "detection_small", options=["max_side=320", "voc07=true"],
+          pretrain=["image_size=128", "canvas_size=144"], epochs={"ssl": 120, "codec": 120}, task_epochs=24,
+          adapt_epochs=12, anchors="hevc:51,hevc:47,hevc:42,hevc:37"),
+    Study("scenes_boxes", None, "scenes", "detection", "detection_small",
+          options=["anchors=[8,16,32,64,128]"], epochs={"ssl": 20, "codec": 20},
+          pretrain=["image_size=96", "canvas_size=96"], task_epochs=10, adapt_epochs=5,
+          anchors="hevc:51,hevc:47,hevc:42,hevc:37"),
+    Study("scenes_masks", None, "scenes", "instance_segmentation", "instance_segmentation_small",
+          options=["anchors=[8,16,32,64,128]"], epochs={"ssl": 20, "codec": 20},
+          pretrain=["image_size=96", "canvas_size=96"], task_epochs=10, adapt_epochs=5, codec_of="scenes_boxes",
+          anchors="hevc:51,hevc:47,hevc:42,hevc:37"),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of `dicm` and the file that says that it is done."""
+
+    name: str
+    command: list[str]
+    result: Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of data sets in their official layouts")
+    parser.add_argument("--budget-minutes", type=float, required=True, help="after which no step runs on")
+    parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder for data, runs and the report")
+    parser.add_argument("--only", nargs="*", choices=[study.name for study in STUDIES], help="studies; all by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="of all numbers of epochs")
+    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+
+    deadline = time.monotonic() + 60 * arguments.budget_minutes
+    studies = [
+        study for study in STUDIES
+        if (not arguments.only or study.name in arguments.only)
+        and (study.folder is None or (arguments.data / study.folder).is_dir())
+    ]  # fmt: skip
+    clock = Clock(arguments.out / "seconds.json")
+    steps = list(plan(studies, arguments))
+    for step in steps:
+        if not step.result.exists() and not run(step, deadline, clock):
+            print(f"the budget ends in step {step.name}; the same command goes on there")
+            break
+    commands = ["dicm " + " ".join(step.command) for step in steps if step.result.exists()]
+    figures = tell(studies, arguments, commands)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**figures, "seconds": clock.seconds}, indent=2) + "\n")
+
+
+def plan(studies: list[Study], arguments: argparse.Namespace) -> Iterator[Step]:
+    """All steps, the most telling first."""
+    for study in studies:
+        yield data_step(study, arguments)
+        yield from codec_steps(study, arguments, "whole", [], 0)
+        yield sweep_step(study, arguments, "whole", "dicm", 0)
+    if not arguments.no_ablations:
+        for study in studies:
+            for label, options in ABLATIONS.items() if study.ablate else ():
+                if label not in OWN_BACKBONE:
+                    start = place_of(study, arguments, "whole", 0) / "codec"
+                    stages = f"only=[{STAGES.get(label, 'codec')}]"
+                    options = [*options, f"init={start}", "init_parts=[backbone]", stages]
+                yield from codec_steps(study, arguments, label, options, 0)
+                yield sweep_step(study, arguments, label, label, 0)
+    for seed in range(1, arguments.seeds):
+        for study in studies:
+            yield from codec_steps(study, arguments, "whole", [], seed)
+            yield sweep_step(study, arguments, "whole", "dicm", seed)
+
+
+def shards_of(study: Study, arguments: argparse.Namespace) -> Path:
+    return arguments.out / "data" / (study.folder or f"scenes{study.pretrain[0].partition('=')[2]}")
+
+
+def data_step(study: Study, arguments: argparse.Namespace) -> Step:
+    out = shards_of(study, arguments)
+    if study.folder is None:
+        size = study.pretrain[0].partition("=")[2]
+        command = ["data", "scenes", str(out), "--train", "3000", "--val", "300", "--size", size]
+    else:
+        command = ["data", "build", study.layout, str(arguments.data / study.folder), str(out), *study.build]
+    return Step(f"{study.name}: data", command, out / "dataset.json")
+
+
+def codec_steps(
+    study: Study, arguments: argparse.Namespace, variant: str, options: list[str], seed: int
+) -> Iterator[Step]:
+    """Pretraining, export, and the task on clean pixels."""
+    place, data = place_of(study, arguments, variant, seed), shards_of(study, arguments)
+    codec = (arguments.out / (study.codec_of or study.name) / place.name) / "codec"
+    epochs = [f"stages.{name}.epochs={count * arguments.scale:g}" for name, count in study.epochs.items()]
+    run_options = [f"data={data}", f"run={codec.parent / 'pretrain'}", "launcher=local", "workers=1", f"seed={seed}"]
+    name = f"{study.name}: {variant}, seed {seed}"
+    pretraining = ["pretrain", "evidence", *run_options, *study.pretrain, *epochs, *options]
+    yield Step(f"{name}, pretraining", pretraining, codec.parent / "pretrain" / "summary.json")
+    yield Step(f"{name}, export", ["export", str(codec.parent / "pretrain"), str(codec)], codec / "README.md")
+    base = base_of(study, arguments, variant, seed)
+    if variant in ABLATIONS and variant not in OWN_BACKBONE:
+        return
+    length = [f"epochs={max(1, round(study.task_epochs * arguments.scale))}"]
+    if study.task == "semantic_segmentation":
+        length.append("gate=none")
+    yield Step(
+        f"{name}, clean pixels",
+        ["finetune", study.recipe, f"codec={codec}", f"data={data}", f"run={base}", "input=pixels", "launcher=local",
+         f"seed={seed}", *length, *study.options],
+        base / "results.json",
+    )  # fmt: skip
+
+
+def sweep_step(study: Study, arguments: argparse.Namespace, variant: str, label: str, seed: int) -> Step:
+    """The sweep of one codec; anchors go with the whole one alone."""
+    out = place_of(study, arguments, variant, seed) / f"sweep_{study.task}"
+    command = [
+        "evaluate", study.task, f"runs={base_of(study, arguments, variant, seed)}", f"out={out}", f"label={label}", RATES,
+        f"epochs={max(1, round(study.adapt_epochs * arguments.scale))}",
+    ]  # fmt: skip
+    if variant == "whole":
+        command += [f"anchors={study.anchors}"]
+        command += [f"anchor_options=[{','.join(study.anchor_options)}]"] if study.anchor_options else []
+    else:
+        command += ["protocols=adapted"]
+    if variant in ABLATIONS and variant not in OWN_BACKBONE:
+        command += [f"codec={out.parent / 'codec'}"]
+    if study.gates:
+        command += [f"gates={study.gates}"]
+    return Step(f"{study.name}: {variant}, seed {seed}, sweep", command, out / "done")
+
+
+def place_of(study: Study, arguments: argparse.Namespace, variant: str, seed: int) -> Path:
+    return arguments.out / study.name / f"{variant.replace(' ', '_')}_{seed}"
+
+
+def base_of(study: Study, arguments: argparse.Namespace, variant: str, seed: int) -> Path:
+    """The task on clean pixels that a sweep starts from."""
+    if variant in ABLATIONS and variant not in OWN_BACKBONE:
+        variant = "whole"
+    return place_of(study, arguments, variant, seed) / f"clean_{study.task}_{variant.replace(' ', '_')}_{seed}"
+
+
+def run(step: Step, deadline: float, clock: Clock) -> bool:
+    """Do a step; False where the budget ended before it was done (SystemExit: it failed)."""
+    print(f"== {step.name}\ndicm {' '.join(step.command)}", flush=True)
+    if time.monotonic() >= deadline:
+        return False
+    start = time.monotonic()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "dicm", *step.command], env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    )
+    try:
+        child.wait(max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGTERM)
+        child.wait(GRACE_SECONDS)
+    finally:
+        clock.add(step.name, time.monotonic() - start)
+    if time.monotonic() >= deadline and not step.result.exists() and step.result.name != "done":
+        return False
+    if child.returncode:
+        if time.monotonic() >= deadline:
+            return False
+        raise SystemExit(f"step {step.name} failed with exit code {child.returncode}")
+    if step.result.name == "done":
+        step.result.touch()
+    return step.result.exists()
+
+
+class Clock:
+    """Seconds that each step took, over all invocations."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 1)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+
+
+def tell(studies: list[Study], arguments: argparse.Namespace, commands: list[str]) -> dict[str, Any]:
+    """Write the report of what there is; print and return claims and BD figures."""
+    folders: list[Path] = []
+    found: dict[str, list[Curve]] = {}
+    for study in studies:
+        sweeps = sorted((arguments.out / study.name).glob("*/sweep_*"))
+        sweeps = [folder for folder in sweeps if (folder / "results.json").is_file()]
+        folders += sweeps
+        rows = [row for folder in sweeps for row in read_sweep(folder)]
+        if rows:
+            found[study.name] = curves_of(rows)
+    if not folders:
+        return {"claims": {}, "deltas": {}}
+    first = arguments.out / studies[0].name / "whole_0" / "pretrain"
+    labels = [
+        label for label in ABLATIONS if any(curve.codec == label for curves in found.values() for curve in curves)
+    ]
+    report = report_of_sweeps(folders, first if first.is_dir() else None, "hevc", labels, commands)
+    report.write_html(arguments.out / "report.html")
+    report.write_markdown(arguments.out / "markdown")
+    claims = {name: (wanted, measured) for name, wanted, measured in claims_of(found)}
+    table = Table("claim", "wanted", "found")
+    for name, (wanted, measured) in claims.items():
+        table.add_row(name, wanted, measured)
+    Console(width=140).print(table)
+    print(f"report: {arguments.out}/report.html")
+    gains = {
+        name: {
+            f"{curve.codec}, {curve.protocol}": {
+                "rate": gain.rate,
+                "accuracy": gain.accuracy,
+                "warnings": gain.warnings,
+            }
+            for curve, gain in deltas(curves, "hevc")
+        }
+        for name, curves in found.items()
+    }
+    return {"claims": claims, "deltas": gains}
+
+
+def claims_of(found: dict[str, list[Curve]]) -> Iterator[tuple[str, str, str]]:
+    """Each claim: its name, what is wanted, what was found."""
+    wanted = {"tiny_imagenet20": -60, "clothing": -60, "raccoon": -30, "scenes_boxes": -30, "scenes_masks": -30}
+    for name, curves in found.items():
+        adapted = {curve.codec: curve for curve in curves if curve.protocol == "adapted"}
+        gains = {curve.codec: gain for curve, gain in deltas(list(adapted.values()), "hevc")}
+        if name in wanted and "dicm" in gains:
+            rate = gains["dicm"].rate
+            shown = "curves share no accuracy" if rate is None else f"{100 * rate:+.1f} %"
+            yield f"{name}: BD-rate against HEVC intra", f"at most {wanted[name]} %", shown
+        if name in ("tiny_imagenet20", "clothing") and {"dicm", "hevc"} <= adapted.keys():
+            yield lowest_rate_claim(name, adapted["dicm"], adapted["hevc"])
+        for against, least in (("dicm variance 32", 15.8), ("hevc", 80.0)):
+            if "dicm static 32" in adapted and against in adapted:
+                saved = savings_at(adapted["dicm static 32"], adapted[against])
+                shown = (
+                    "no accuracy that both reach"
+                    if saved is None
+                    else f"{100 * saved[1]:.1f} % at {100 * saved[0]:.1f} %"
+                )
+                yield f"{name}: bits that static 32 saves against {against}", f"at least {least} %", shown
+        for label in ABLATIONS:
+            if label in adapted and "dicm" in adapted:
+                ((_, gain),) = deltas([adapted["dicm"], adapted[label]], "dicm")
+                shown = "curves share no accuracy" if gain.rate is None else f"{100 * gain.rate:+.1f} %"
+                yield f"{name}: BD-rate {label} against the whole", "above 0 %", shown
+
+
+def lowest_rate_claim(name: str, ours: Curve, hevc: Curve) -> tuple[str, str, str]:
+    """At our lowest rate: our accuracy, and HEVC's at twice the bytes, from the rate at which it has ours."""
+    lowest = ours.points[0]
+    needed = rate_at(hevc, lowest.accuracy)
+    if needed is not None:
+        shown = f"{100 * lowest.accuracy:.1f} %; HEVC needs {needed / lowest.bpp:.2f} times the bytes for it"
+    elif lowest.accuracy > hevc.frontier()[-1].accuracy:
+        shown = f"{100 * lowest.accuracy:.1f} %, above all of HEVC's"
+    else:
+        least = hevc.frontier()[0]
+        shown = f"{100 * lowest.accuracy:.1f} % at {lowest.bpp:.4f} bpp; HEVC's lowest {100 * least.accuracy:.1f} % at {least.bpp:.4f}"
+    return f"{name}: top-1 at the lowest rate, against HEVC at twice the bytes", "at least 2 times", shown
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        main()
+    except TaskError as error:
+        raise SystemExit(f"error: {error}") from error
