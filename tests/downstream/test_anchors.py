@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +121,27 @@ def test_check_anchor__a_program_that_is_missing_is_named(name: str, program: st
     monkeypatch.setenv("PATH", "")
     with pytest.raises(TaskError, match=f"{name} needs {program}"):
         check_anchor(f"{name}:30")
+
+
+def test_bpg__is_run_as_its_documentation_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stand-ins that take bpgenc's and bpgdec's options and no others, and keep the picture as it is."""
+    programs = {
+        "bpgenc": "parser.add_argument('-q', type=int, choices=range(52), required=True)\n"
+        "parser.add_argument('-f', choices=['420', '422', '444'], required=True)\n",
+        "bpgdec": "",
+    }
+    for name, options in programs.items():
+        path = tmp_path / name
+        path.write_text(
+            f"#!{sys.executable}\nimport argparse, shutil\nparser = argparse.ArgumentParser()\n{options}"
+            "parser.add_argument('-o', required=True)\nparser.add_argument('source')\n"
+            "given = parser.parse_args()\nshutil.copy(given.source, given.o)\n"
+        )
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("bpg:37", "bpg444:37"):
+        decoded, sizes, payloads = through(create_anchor(name), IMAGES)
+        assert np.array_equal(decoded, IMAGES) and (payloads < sizes).all()
+    (tmp_path / "bpgdec").write_text(f"#!{sys.executable}\nraise SystemExit('Could not decode image')\n")
+    with pytest.raises(TaskError, match="Could not decode image"):
+        through(create_anchor("bpg:37"), IMAGES)
