@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from downstream.results import read_results
 POINTS, COSTS, OPTIONS = "points", "costs.json", "sweep.yaml"
 TABLE = ("results.csv", "results.json")
 COST_IMAGES, COST_REPEATS = 8, 3
+OUR_PACKAGES = {"cluster", "data_pipeline", "pretrain", "downstream"}
 COLUMNS = (
     "task", "data", "run", "seed", "codec", "quality", "protocol", "metric", "value", "bpp", "bpp_payload", "images",
     "encode_ms", "decode_ms", "encode_macs", "decode_macs", "train_seconds",
@@ -107,37 +109,33 @@ def _measure(
     """Measure points that are not done; what went wrong with those that failed."""
     waiting = [point for point in points if not (folder_of(out, point) / COSTS).is_file()]
     failures: list[str] = []
-    if not waiting:
-        return failures
-    threads = max(1, len(os.sched_getaffinity(0)) // config.parallel)
 
-    def count() -> int:
-        return sum((folder_of(out, point) / COSTS).is_file() for point in all_points)
+    def collect_one(point: Point, measured: Callable[[], dict[str, Any]]) -> None:
+        try:
+            row = measured()
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+                raise  # a bug; what users can put right must not keep the other points waiting
+            failures.append(f"{point.name}: {error}")
+        else:
+            done = sum((folder_of(out, each) / COSTS).is_file() for each in all_points)
+            tell(Progress(done, len(all_points), point, row))
 
     if config.parallel == 1:
         for point in waiting:
+            collect_one(point, partial(measure_point, config, point, out))
+    elif waiting:
+        threads = max(1, len(os.sched_getaffinity(0)) // config.parallel)
+        context = multiprocessing.get_context("spawn")
+        workers = min(config.parallel, len(waiting))
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+            running = {pool.submit(measure_point, config, point, out): point for point in waiting}
             try:
-                row = measure_point(config, point, out)
-            except TaskError as error:
-                failures.append(f"{point.name}: {error}")
-            else:
-                tell(Progress(count(), len(all_points), point, row))
-        return failures
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(config.parallel, len(waiting)), context, torch.set_num_threads, (threads,)) as pool:
-        running = {pool.submit(measure_point, config, point, out): point for point in waiting}
-        try:
-            for future in as_completed(running):
-                point = running[future]
-                if (fault := future.exception()) is None:
-                    tell(Progress(count(), len(all_points), point, future.result()))
-                elif type(fault).__module__.partition(".")[0] in ("downstream", "pretrain", "data_pipeline", "cluster"):
-                    failures.append(f"{point.name}: {fault}")
-                else:
-                    raise fault
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                for future in as_completed(running):
+                    collect_one(running[future], future.result)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return failures
 
 
