@@ -48,7 +48,7 @@ ABLATIONS: dict[str, list[str]] = {
     "without ViT hyperprior": ["codec.hyperprior=conv"],
     "fidelity at f3 alone": ["stages.codec.distortion=1", "stages.codec.features=[0,0,0]"],
     "with redundancy elimination": ["codec.redundancy=true"],
-    "without guidance": ["ssl.heatmap.warmup=100000"],
+    "without guidance": ["ssl.heatmap.method=none"],
     "without contrastive stage": ["only=[codec]"],
 }
 OWN_BACKBONE = ("without guidance", "without contrastive stage")
