@@ -92,6 +92,8 @@ def launch(
     least, most = (workers, workers) if isinstance(workers, int) else workers
     with _connected_ray(most * options.cpus_per_worker), _exchange_folder(Path(run_dir).absolute()) as exchange:
         scaling, backend = _resources(least, most, options)
+        if not _address():
+            _check_own_gpus(least, scaling, options)
         trainer = _Trainer(
             _worker,
             train_loop_config={
@@ -109,7 +111,7 @@ def launch(
             ),
         )
         trainer.policies = {
-            "scaling_policy": LiveNodesPolicy(scaling, exchange, autoscaled=bool(os.environ.get("RAY_ADDRESS"))),
+            "scaling_policy": LiveNodesPolicy(scaling, exchange, autoscaled=bool(_address())),
             "failure_policy": RecoveryPolicy(exchange, options.max_failures),
         }
         with on_sigterm(exchange.ask_to_stop), _messages_shown(exchange):
@@ -242,10 +244,7 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address == "local":
-        address = None
-    if address:
+    if address := _address():
         _check_address(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -275,8 +274,30 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def _address() -> str | None:
+    """Of the cluster to work on; None: a Ray of our own, on this machine."""
+    address = os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
+def _check_own_gpus(least: int, scaling: ScalingConfig, options: ClusterConfig) -> None:
+    """RunError where a Ray of our own has too few GPUs: it would wait for ever, no node will join it."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    needed = math.ceil(least * scaling._resources_per_worker_not_none.get("GPU", 0) - 1e-6)
+    if gpus < needed:
+        raise RunError(
+            f"cluster.accelerator={options.accelerator} with {least} workers needs {needed} GPUs, and this machine has "
+            f"{gpus}; name a cluster with RAY_ADDRESS, or use fewer workers, or cluster.accelerator=cpu"
+        )
+
+
 def _check_address(address: str) -> None:
     """RunError where nothing listens at HOST:PORT; Ray itself tries for minutes and then ends the process."""
+    if address.startswith(("http://", "https://")):
+        raise RunError(
+            f"RAY_ADDRESS={address}: a dashboard's URL, which `dicm cluster` alone takes; to run on that cluster from "
+            "one of its nodes set RAY_ADDRESS=auto, or submit the command with `dicm cluster submit`"
+        )
     host, _, port = address.rpartition(":")
     if "/" not in host and port.isdigit():
         try:

@@ -12,7 +12,7 @@ from rich.table import Table
 app = typer.Typer()
 anchors = typer.Typer(no_args_is_help=True, help="Codecs of pixels to compare with.")
 app.add_typer(anchors, name="anchors")
-console = Console()
+console = Console(highlight=False, markup=False)  # names stay as they are
 TASK_NAMES = "classification, detection, instance_segmentation, semantic_segmentation"
 
 
@@ -25,11 +25,10 @@ def finetune(
 
     Example: dicm finetune detection codec=codec data=data/voc run=runs/objects
     """
-    from downstream.finetune import resolve, run
+    from downstream.finetune import resolve
 
     config = resolve(task, overrides or [])
-    results = run(config)
-    _print(config.run, results)
+    _run(config)
 
 
 @app.command()
@@ -97,7 +96,7 @@ def report(
     from downstream.evaluation.report import report_of_runs
 
     report_of_runs(runs, out, pretraining)
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}", soft_wrap=True)
 
 
 @app.command("select-channels")
@@ -130,12 +129,12 @@ def train_anchor(
 
     Example: dicm anchors train mbt2018-mean data=data/tiny quality=2 run=anchors/mbt2018-mean-2
     """
-    from downstream.finetune import resolve, run
+    from downstream.finetune import resolve
     from downstream.tasks.anchor import weights_path
 
     config = resolve("anchor", [f"model={model}", *(overrides or [])])
-    _print(config.run, run(config))
-    console.print(f"wrote {weights_path(Path(config.run))}", soft_wrap=True)
+    if _run(config):
+        console.print(f"wrote {weights_path(Path(config.run))}", soft_wrap=True)
 
 
 @app.command()
@@ -149,6 +148,20 @@ def demo(
     from downstream.demo import run_demo
 
     run_demo(out, console)
+
+
+def _run(config: Any) -> bool:
+    """Fine-tune and show the results; False where the run was told to stop, which is no error."""
+    from downstream.errors import StoppedError
+    from downstream.finetune import run
+
+    try:
+        results = run(config)
+    except StoppedError as stopped:
+        console.print(str(stopped), soft_wrap=True)
+        return False
+    _print(config.run, results)
+    return True
 
 
 def _line(progress: Any) -> str:

@@ -33,11 +33,12 @@ import torch
 from omegaconf import MISSING
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.errors import is_ours
 from cluster.files import write_whole
 from cluster.recipes import change_config, config_diff, load_config, load_saved, save_config
 from downstream import finetune
 from downstream.channels import select_channels
-from downstream.errors import TaskError
+from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.anchors import check_anchor
 from downstream.results import read_results
 from downstream.tasks import task_class
@@ -276,6 +277,8 @@ def _measure(
         for point in waiting:
             try:
                 row = measure_point(config, point, out)
+            except StoppedError:
+                raise
             except TaskError as error:
                 failures.append(f"{point.name}: {error}")
             else:
@@ -289,10 +292,10 @@ def _measure(
                 point = running[future]
                 if (fault := future.exception()) is None:
                     tell(Progress(count(), len(all_points), point, future.result()))
-                elif type(fault).__module__.partition(".")[0] in ("downstream", "pretrain", "data_pipeline", "cluster"):
-                    failures.append(f"{point.name}: {fault}")
-                else:
+                elif isinstance(fault, StoppedError) or not is_ours(fault):
                     raise fault
+                else:
+                    failures.append(f"{point.name}: {fault}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
