@@ -63,6 +63,8 @@ C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
 MESSAGE_POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
+FRAME_HEADER, SETTINGS = 9, b"\x04"  # of HTTP/2, RFC 9113: length (3 bytes), type, flags, stream; the first type sent
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + 5 * b"\0"
 SETUP_HOOK = "worker_process_setup_hook"
 
 logger = logging.getLogger(__name__)
@@ -292,7 +294,7 @@ def _check_own_gpus(least: int, scaling: ScalingConfig, options: ClusterConfig) 
 
 
 def _check_address(address: str) -> None:
-    """RunError where nothing listens at HOST:PORT; Ray itself tries for minutes and then ends the process."""
+    """RunError where no Ray listens at HOST:PORT; Ray itself tries for minutes and then ends the process."""
     if address.startswith(("http://", "https://")):
         raise RunError(
             f"RAY_ADDRESS={address}: a dashboard's URL, which `dicm cluster` alone takes; to run on that cluster from "
@@ -301,9 +303,21 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if "/" not in host and port.isdigit():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+                is_ray = "RAY_USE_TLS" in os.environ or _speaks_http2(connection)
         except OSError as error:
             raise _no_cluster(address, error) from error
+        if not is_ray:
+            raise _no_cluster(address, ValueError("something else listens there"))
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Whether the other side greets as gRPC servers do, of which Ray's control service is one."""
+    connection.sendall(HTTP2_GREETING)
+    answer = b""
+    while len(answer) < FRAME_HEADER and (more := connection.recv(FRAME_HEADER - len(answer))):
+        answer += more
+    return answer[3:4] == SETTINGS
 
 
 def _no_cluster(address: str, error: Exception) -> RunError:

@@ -154,12 +154,12 @@ def test_status__of_a_folder_that_is_none_says_so(tmp_path: Path):
 class Dashboard(BaseHTTPRequestHandler):
     """What a dashboard says of its jobs."""
 
-    command, message = "pretrain small 'only=[codec]'", "failed in [/tmp/x]"
+    words, message = "pretrain small 'only=[codec]'", "failed in [/tmp/x]"
 
     def do_GET(self) -> None:
         job = {
             "type": "SUBMISSION", "submission_id": "[b]-1", "status": "FAILED", "entrypoint": "python", "driver_exit_code": 2,
-            "metadata": {"run": "/runs/[b]", "command": self.command}, "message": self.message,
+            "metadata": {"run": "/runs/[b]", "command": self.words}, "message": self.message,
         }  # fmt: skip
         version = {"version": "4", "ray_version": ray.__version__, "ray_commit": ray.__commit__, "session_name": "s"}
         answer = [job] if self.path.startswith("/api/jobs") else version
@@ -177,7 +177,7 @@ def test_status__and_list_show_commands_and_reasons_as_they_are():
         shown = dicm("cluster", "status", "/runs/[b]", "--address", address, "--watch")
         listed = dicm("cluster", "list", "--address", address)
     assert shown.returncode == listed.returncode == 0, shown.stderr + listed.stderr
-    for text in ("[b]-1", "/runs/[b]", Dashboard.command, Dashboard.message, "--watch is for run folders"):
+    for text in ("[b]-1", "/runs/[b]", Dashboard.words, Dashboard.message, "--watch is for run folders"):
         assert text in shown.stdout
     assert "[b]-1" in listed.stdout and "/runs/[b]" in listed.stdout
 

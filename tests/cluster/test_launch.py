@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,29 @@ def test_launch__no_cluster_at_ray_address(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RunError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers.*unset RAY_ADDRESS"):
         on_ray(write_facts, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_launch__something_else_at_ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    try:
+        with pytest.raises(RunError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers \(something else listens"):
+            on_ray(write_facts, tmp_path)
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_check_address__of_a_cluster():
+    import ray
+
+    from cluster.launch import _check_address
+
+    _check_address(ray.get_runtime_context().gcs_address)
 
 
 def test_launch__a_dashboards_url_as_ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
