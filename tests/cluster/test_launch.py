@@ -71,17 +71,6 @@ def test_launch__something_else_at_ray_address(tmp_path: Path, monkeypatch: pyte
         server.shutdown()
 
 
-@pytest.mark.cluster
-@pytest.mark.slow
-@pytest.mark.usefixtures("_ray")
-def test_check_address__of_a_cluster():
-    import ray
-
-    from cluster.launch import _check_address
-
-    _check_address(ray.get_runtime_context().gcs_address)
-
-
 def test_launch__a_dashboards_url_as_ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     with pytest.raises(RunError, match=r"^RAY_ADDRESS=http://127.0.0.1:8265: a dashboard's URL.*RAY_ADDRESS=auto"):
@@ -187,6 +176,17 @@ def test_launch__stops_while_it_waits_for_nodes_and_says_what_it_waits_for(
     on_ray(write_facts, tmp_path, cpus_per_worker=1000)
     assert "room for 0 of at least 2 workers (1000 CPU each); waiting for nodes" in caplog.text
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_check_address__of_a_cluster():
+    import ray
+
+    from cluster.launch import _check_address
+
+    _check_address(ray.get_runtime_context().gcs_address)
 
 
 @pytest.mark.cluster
