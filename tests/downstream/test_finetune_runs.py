@@ -163,7 +163,7 @@ def test_finetune__told_to_stop_ends_well_and_the_same_command_continues(
     codec_folder: Path, colours: Path, tmp_path: Path, options
 ):
     """As a stopped pretraining does: a scheduler must not take it for a failure, nor a sweep for results."""
-    folder = tmp_path / "run"
+    folder = tmp_path / "[red]"  # what looks like markup is shown as it is
 
     def stop(_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -177,5 +177,6 @@ def test_finetune__told_to_stop_ends_well_and_the_same_command_continues(
         with pytest.raises(StoppedError):
             run(resolve("classification", words))
     assert not (folder / "results.json").exists()
-    assert dicm("finetune", "classification", *words).returncode == 0
+    result = dicm("finetune", "classification", *words)
+    assert result.returncode == 0 and str(folder) in result.stdout
     assert (folder / "results.json").is_file()
