@@ -100,7 +100,7 @@ def _open_locked(folder: Path, begun: str) -> int:
             if _is_at(path, descriptor):  # else the one before us removed it as it ended
                 before = _read(descriptor)
                 if before and not (has_locks and before.get("machine") == _machine()):
-                    _watch(folder, descriptor, before)
+                    _watch(folder, before)
                 _write(descriptor, begun, 0)
                 return descriptor
         except BaseException:
@@ -120,19 +120,20 @@ def _lock(folder: Path, descriptor: int) -> bool:
     return True
 
 
-def _watch(folder: Path, descriptor: int, before: dict[str, Any]) -> None:
+def _watch(folder: Path, before: dict[str, Any]) -> None:
     """Wait until a record has stood still for long enough to be of no one (RunError: it did not)."""
     logger.warning("%s: %s was at work here; waiting %.0f s for a sign of it", folder, _who(before), WATCH_SECONDS)
     end = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < end:
         time.sleep(WATCH_SECONDS / 10)
         # Opened anew: that is when a network's file system asks the server.
-        with (folder / LOCK).open("rb") as file:
-            now = _read(file.fileno())
+        try:
+            with (folder / LOCK).open("rb") as file:
+                now = _read(file.fileno())
+        except FileNotFoundError:  # removed as it ended, a moment ago
+            now = {}
         if now != before:
             raise _taken(folder, now)
-    if not _is_at(folder / LOCK, descriptor):
-        raise _taken(folder, {})
 
 
 def _beat(descriptor: int, begun: str, ended: threading.Event) -> None:
