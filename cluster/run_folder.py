@@ -60,6 +60,7 @@ def held_run(run: Path | str) -> Iterator[None]:
         return
     begun = time.strftime("%Y-%m-%d %H:%M:%S")
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _open_locked(folder, begun)
     except OSError as error:
@@ -77,6 +78,9 @@ def held_run(run: Path | str) -> Iterator[None]:
         if _is_at(folder / LOCK, descriptor):
             (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
+        if is_new:  # and empty: what was refused leaves nothing behind
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def how_it_stopped(options: Kept, run: Path | str) -> str:

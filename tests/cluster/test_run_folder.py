@@ -45,6 +45,10 @@ def test_held_run__a_second_driver_is_refused_and_told_by_whom(tmp_path: Path):
     process.communicate("")
     with held_run(run), pytest.raises(RunError, match=f"process {os.getpid()} on"), held_run(run):
         raise AssertionError
+    assert not run.exists()  # what was made for nothing is removed
+    run.mkdir(parents=True)
+    with held_run(run):
+        assert [path.name for path in run.iterdir()] == [LOCK]
     assert list(run.iterdir()) == []
 
 
