@@ -6,8 +6,9 @@
         manifest.json           {"version", "step", "score", "files": {"state.pt": {"bytes", "sha256"}}}
 
 What carries a final name, or has a manifest in a store, was complete. Damage that comes later is found by size and
-sha256, named, and passed over. The digest is taken of the bytes on their way to the disk, so a checkpoint is not read
-back. `save_soon` copies the state and returns; a thread writes it.
+sha256, named, and passed over; where all are damaged nothing goes on, because that would begin anew. The digest is
+taken of the bytes on their way to the disk, so a checkpoint is not read back. `save_soon` copies the state and returns;
+a thread writes it.
 
 One process writes to a folder (rank 0); any number may read.
 """
@@ -15,23 +16,21 @@ One process writes to a folder (rank 0); any number may read.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
-from cluster.checkpoint_folders import MANIFEST, STATE, Signature, StoreFolder, open_folder, step_name
-from cluster.errors import CheckpointError
+from cluster.checkpoint_faults import VERSION, Fault, find_fault, read_manifest, unreadable
+from cluster.checkpoint_folders import STATE, Signature, StoreFolder, open_folder, step_name
+from cluster.errors import CheckpointError, UnreadableError, reason_of
 
-VERSION = 1
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PLAIN = (torch.Tensor, torch.Size, torch.dtype, torch.device, str, bytes, bool, int, float, complex, type(None))
 
@@ -101,10 +100,11 @@ class CheckpointStore:
             self.folder = open_folder(folder)
         except (ImportError, ValueError) as error:
             raise CheckpointError(
-                f"checkpoints={folder} cannot be opened ({_reason(error)}); use a folder, or install what is missing: "
-                "pip install 'dicm[s3]' for s3://"
+                f"checkpoints={folder} cannot be opened ({reason_of(error)}); use a folder, or install what is "
+                "missing: pip install 'dicm[s3]' for s3://"
             ) from error
-        self._verdicts: dict[int, tuple[Signature, str | None]] = {}  # step -> its files when read, the fault
+        self._verdicts: dict[int, tuple[Signature, Fault | None]] = {}  # step -> its files when read, the fault
+        self._undropped: set[int] = set()  # of which the log has been told
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -152,9 +152,8 @@ class CheckpointStore:
         """Note how good a checkpoint turned out to be, for `keep_best`; nothing where there is none of that step."""
         self.wait()
         if step in self.steps():
-            manifest = self._manifest(step)
-            manifest["score"] = score
             with self._writing(step):
+                manifest = {**read_manifest(self.folder, step), "score": score}
                 self.folder.rewrite_manifest(step, json.dumps(manifest).encode())
             self._verdicts[step] = (self.folder.signature(step), None)
 
@@ -165,14 +164,27 @@ class CheckpointStore:
     def newest(self) -> int | None:
         """The newest step whose checkpoint is whole, bit for bit; broken ones are named, once, and passed over.
 
-        What this store wrote or read itself is not read again while its files are the same.
+        None where there is no checkpoint at all. What this store wrote or read itself is not read again while its files
+        are the same.
+
+        Raises:
+            CheckpointError: there are checkpoints, but none can be used.
+            UnreadableError: one could not be read, so that it is not known whether it is damaged.
         """
+        faults: dict[int, Fault] = {}
         for step in reversed(self._found()):
             known = self._verdicts.get(step)
             if (fault := self._verify(step)) is None:
                 return step
+            faults[step] = fault
             if self._verdicts[step] != known:
-                self.on_broken(self._name(step), fault)
+                self.on_broken(self._name(step), fault.what)
+        if faults:
+            shown = "; ".join(f"{step_name(step)}: {fault.what}" for step, fault in list(faults.items())[:3])
+            raise CheckpointError(
+                f"{self.where}: none of the {len(faults)} checkpoints there can be used ({shown}); put a whole one "
+                "back, or remove the folder to begin anew"
+            )
         return None
 
     def load(self, step: int, map_location: str | torch.device = "cpu") -> dict[str, Any]:
@@ -186,13 +198,15 @@ class CheckpointStore:
             there = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(f"{self.where}: no checkpoint of step {step}; there are: {there}")
         if (fault := self._verify(step)) is not None:
-            raise CheckpointError(f"{name}: {fault}; remove it to go on from an earlier one")
+            raise CheckpointError(f"{name}: {fault.what}; remove it to go on from an earlier one")
         try:
-            with self.folder.read(step, STATE) as file:
+            with self._opened(step) as file:
                 state = torch.load(file, map_location=map_location, weights_only=True)
+        except (OSError, UnreadableError) as error:
+            raise unreadable(f"{name}/{STATE}", error) from error
         except Exception as error:  # unpickling what others wrote raises anything
             raise CheckpointError(
-                f"{name}/{STATE}: holds something other than tensors and plain values ({_reason(error)}); it was "
+                f"{name}/{STATE}: holds something other than tensors and plain values ({reason_of(error)}); it was "
                 f"not written by this program; remove {name}"
             ) from error
         finally:
@@ -209,10 +223,19 @@ class CheckpointStore:
 
         with self._writing(step):
             self.folder.write(step, lambda file: torch.save(state, file), manifest_of)
-        self._verdicts[step] = (self.folder.signature(step), None)
+            self._verdicts[step] = (self.folder.signature(step), None)
         if self.on_saved is not None:
-            self.on_saved(step)
-        self._drop(step)
+            try:
+                self.on_saved(step)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._name(step)}: is complete, but that could not be noted ({reason_of(error)}); "
+                    f"{_remedy(error)} and run the same command again"
+                ) from error
+        try:
+            self._drop(step)
+        except Exception as error:  # the checkpoint is complete: what is left lying is no reason to end a run
+            logger.warning("%s: what to keep could not be told (%s); nothing was removed", self.where, reason_of(error))
 
     def _writing(self, step: int) -> AbstractContextManager[None]:
         return _writing(f"{self.where}: the checkpoint of step {step} could not be written")
@@ -222,59 +245,63 @@ class CheckpointStore:
             return self.folder.steps()
         except Exception as error:  # the stores' libraries share no class of their own
             raise CheckpointError(
-                f"{self.where}: cannot be read ({_reason(error)}); check the address, the credentials and the network"
+                f"{self.where}: cannot be read ({reason_of(error)}); check the address, the credentials and the network"
             ) from error
 
-    def _manifest(self, step: int) -> dict[str, Any]:
-        with self.folder.read(step, MANIFEST) as file:
-            manifest: dict[str, Any] = json.loads(file.read())
-        return manifest
+    def _opened(self, step: int) -> BinaryIO:
+        try:
+            return self.folder.read(step, STATE)
+        except Exception as error:  # the stores' libraries share no class of their own
+            raise UnreadableError(reason_of(error)) from error
 
-    def _verify(self, step: int) -> str | None:
+    def _verify(self, step: int) -> Fault | None:
         signature = self.folder.signature(step)
         known = self._verdicts.get(step)
-        if known is None or known[0] != signature:
+        if known is None or known[0] != signature or signature is None:
             self._verdicts[step] = known = (signature, self._fault(step, hashes=True))
         return known[1]
 
-    def _fault(self, step: int, hashes: bool) -> str | None:
-        """What is wrong with a checkpoint, or None; `hashes` also compares contents."""
-        file = MANIFEST
-        try:
-            manifest = self._manifest(step)
-            if manifest["version"] != VERSION:
-                return f"has version {manifest['version']}, this program reads {VERSION}"
-            for file, expected in manifest["files"].items():
-                size = self.folder.size(step, file)
-                if size != expected["bytes"]:
-                    return f"{file} has {size} bytes instead of {expected['bytes']}"
-                if hashes:
-                    with self.folder.read(step, file) as content:
-                        if hashlib.file_digest(content, "sha256").hexdigest() != expected["sha256"]:  # type: ignore[arg-type]
-                            return f"{file} is damaged (its sha256 is not that of the manifest)"
-            if STATE not in manifest["files"]:
-                return f"its manifest does not list {STATE}"
-        except OSError as error:
-            return f"{file} cannot be read ({error.strerror or _reason(error)})"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{MANIFEST} is damaged"
-        return None
+    def _fault(self, step: int, hashes: bool) -> Fault | None:
+        return find_fault(self.folder, step, self._name(step), hashes=hashes)
 
     def _drop(self, newest: int) -> None:
         """Keep what is to be kept of the checkpoints up to the one just saved; a broken one takes no other's place."""
-        before = [step for step in self._found() if step < newest]
-        whole = [step for step in before if self._fault(step, hashes=False) is None]
+        whole, damaged = [], []
+        for step in [step for step in self._found() if step < newest]:
+            try:
+                fault = self._fault(step, hashes=False)
+            except UnreadableError as error:  # may be whole, and the only one that is
+                logger.warning("%s", error)
+                continue
+            if fault is None:
+                whole.append(step)
+            elif fault.is_damage:
+                damaged.append(step)
         kept = set(whole[-(self.keep - 1) :] if self.keep > 1 else [])
         if self.keep_every:
             first_of = {step // self.keep_every: step for step in reversed(whole)}
             kept |= set(first_of.values())
         if self.keep_best:
-            scores = {step: self._manifest(step).get("score") for step in [*whole, newest]}
+            scores = {step: read_manifest(self.folder, step).get("score") for step in [*whole, newest]}
             scores = {step: score for step, score in scores.items() if score is not None}
             kept |= {max(scores, key=lambda step: (scores[step], step))} if scores else set()
-        for step in set(before) - kept:
-            self._verdicts.pop(step, None)
+        for step in [*damaged, *whole]:
+            if step not in kept:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Drop a checkpoint; where that is refused, say so once: a run does not end for it."""
+        self._verdicts.pop(step, None)
+        try:
             self.folder.remove(step)
+        except Exception as error:  # the stores' libraries share no class of their own
+            if step not in self._undropped:
+                self._undropped.add(step)
+                logger.warning(
+                    "%s: could not be removed (%s) and takes up space; allow this program to delete, or remove it",
+                    self._name(step),
+                    reason_of(error),
+                )
 
     def _name(self, step: int) -> str:
         return f"{self.where.rstrip('/')}/{step_name(step)}"
@@ -288,12 +315,14 @@ def _writing(what: str) -> Iterator[None]:
     except TypeError:  # of what is written, not of where
         raise
     except Exception as error:  # the stores' libraries share no class of their own
-        full = isinstance(error, OSError) and error.errno in FULL
-        reason = (isinstance(error, OSError) and error.strerror) or _reason(error)
-        remedy = "free some space" if full else "see that it can be written to"
         raise CheckpointError(
-            f"{what} ({reason}); earlier ones are whole; {remedy} and run the same command again"
+            f"{what} ({reason_of(error)}); earlier ones are whole; {_remedy(error)} and run the same command again"
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    full = isinstance(error, OSError) and error.errno in FULL
+    return "free some space" if full else "see that it can be written to"
 
 
 def _copy(value: Any) -> Any:
@@ -318,13 +347,6 @@ def _refuse_foreign(value: Any, where: str) -> None:
             _refuse_foreign(item, f"{where}[{index}]")
     elif not isinstance(value, PLAIN) or type(value).__module__.partition(".")[0] not in ("builtins", "torch"):
         raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__name__}; save tensors and plain values")
-
-
-def _reason(error: BaseException) -> str:
-    # torch wraps the reason into lines of advice on how to load what is not to be trusted.
-    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return found[1]
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _warn(name: str, fault: str) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -21,7 +22,7 @@ from cluster.files import write_whole
 STATE, MANIFEST = "state.pt", "manifest.json"
 NAME = re.compile(r"step_(\d{8,})")
 
-Signature = tuple[Any, ...] | None  # changes whenever a file of the step does; None: one is missing
+Signature = tuple[Any, ...] | None  # changes whenever a file of the step does; None: not known
 Writer = Callable[[BinaryIO], None]
 
 
@@ -49,7 +50,7 @@ class CheckpointFolder(Protocol):
         """Changes with the step's files."""
 
     def remove(self, step: int) -> None:
-        """Drop a step, as far as that can be done."""
+        """Drop a step (OSError, or a store library's own error)."""
 
 
 def step_name(step: int) -> str:
@@ -119,7 +120,8 @@ class LocalFolder:
 
     def remove(self, step: int) -> None:
         """The folder with all that is in it."""
-        shutil.rmtree(self.path(step), ignore_errors=True)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.path(step))
 
     def path(self, step: int) -> Path:
         """The folder of a step."""
@@ -183,7 +185,7 @@ class StoreFolder:
         """Size and the store's tag or time of both objects."""
         try:
             facts = [self._info(step, name) for name in (STATE, MANIFEST)]
-        except OSError:
+        except Exception:  # the stores' libraries share no class of their own; reading says what is the matter
             return None
         return tuple(
             (fact["size"], str(fact.get("ETag") or fact.get("LastModified") or fact.get("created"))) for fact in facts

@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from cluster.errors import RunError
+
 if TYPE_CHECKING:
     from cluster.submit import Job, Jobs
 
 app = typer.Typer(no_args_is_help=True, help="Run dicm commands as jobs on a Ray cluster, and watch them.")
-console = Console()
+console = Console(markup=False)  # names and reasons stay as they are
 INTERRUPTED_CODE = 130
 REFRESH_SECONDS = 2.0
 WIDTH = 1000  # of tables in files and pipes, where whole lines are looked for
@@ -80,7 +82,7 @@ def list_jobs(address: Address = None, token_file: TokenFile = None) -> None:
     for job in _jobs(address, token_file).all():
         begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.begun)) if job.begun else "-"
         table.add_row(job.id, job.status, job.run or "-", begun, _time(job), " ".join(job.command.split()[:2]))
-    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+    (console if console.is_terminal else Console(width=WIDTH, markup=False)).print(table)
 
 
 @app.command()
@@ -96,12 +98,22 @@ def status(
 
     Example: dicm cluster status /shared/runs/r50 --watch
     """
-    if (Path(target) / "metrics.jsonl").is_file():
+    folder = Path(target)
+    if any((folder / name).is_file() for name in ("metrics.jsonl", "config.yaml")):
         from cluster.status import show
 
-        show(Path(target), console, every=REFRESH_SECONDS if watch else None)
+        show(folder, console, every=REFRESH_SECONDS if watch else None)
         return
-    job = _jobs(address, token_file).find(target)
+    try:
+        job = _jobs(address, token_file).find(target)
+    except RunError as error:
+        if folder.is_dir():
+            raise RunError(f"{target}: holds no run (no config.yaml); and as a job: {error}") from error
+        if "/" in target:
+            raise RunError(f"{target}: no such folder here; and as a job: {error}") from error
+        raise
+    if watch:
+        _say("--watch is for run folders; this is the job as it is now, `dicm cluster logs --follow` follows it")
     table = Table(title=job.id, title_justify="left", show_header=False)
     code = "-" if job.exit_code is None else str(job.exit_code)
     for name, value in (

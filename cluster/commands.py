@@ -18,6 +18,11 @@ from cluster.errors import RunError
 from cluster.packing import holds
 
 COMMANDS = ("pretrain", "finetune", "export")
+# Options of any recipe that name files or folders: what a job reads, what it leaves behind, what its nodes keep.
+READ = ("data", "codec", "init", "teacher", "channels", "anchor_weights", "latents_weights")
+WRITTEN = ("checkpoints", "cache_folder")
+KEPT_ON_A_NODE = ("shard_cache",)
+ZOO = "zoo"  # weights that the libraries fetch: no path
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Resolver = Callable[[str, list[str]], Any]
@@ -62,16 +67,25 @@ def check_command(words: list[str], tree: Path, files: list[Path], resolver: Res
     recipe = _packed_recipe(arguments[0], tree, files)
     values = _values(arguments[0], arguments[1:], resolver)
     _check_shared("run", values.get("run"))
-    if "://" not in (checkpoints := values.get("checkpoints") or "://"):
-        _check_shared("checkpoints", checkpoints)
-    for key in ("data", "codec", "init"):
+    for key in WRITTEN:
+        if values.get(key) and not (key == "checkpoints" and "://" in str(values[key])):
+            _check_shared(key, values[key])
+    for key in KEPT_ON_A_NODE:
+        if (value := values.get(key)) and not str(value).startswith("/"):
+            raise RunError(
+                f"{key}={value}: a job works in a copy of the code that is thrown away; name a folder that each node "
+                f"keeps, {key}=/..."
+            )
+    for key in READ:
         _check_there(key, values.get(key), files)
     return Command((name, recipe, *arguments[1:]), normal(str(values["run"])))
 
 
 def normal(path: str) -> str:
     """A path without what does not change it: one run has one name."""
-    return posixpath.normpath(path)
+    return re.sub(
+        "^//+", "/", posixpath.normpath(path)
+    )  # POSIX leaves two slashes a meaning, which Linux does not give
 
 
 def _values(recipe: str, overrides: list[str], resolver: Resolver | None) -> dict[str, Any]:
@@ -109,7 +123,9 @@ def _check_there(key: str, value: Any, files: list[Path]) -> None:
     """RunError for a relative path that is not packed; a hub id is no path."""
     if not isinstance(value, str) or value.startswith("/") or "://" in value or holds(files, normal(value)):
         return  # in a recipe of pretraining `codec` is no path
-    if key != "data" and HUB_ID.fullmatch(value) and not Path(value).exists():
+    if key in ("codec", "init") and HUB_ID.fullmatch(value) and not Path(value).exists():
+        return
+    if value == ZOO:
         return
     raise RunError(
         f"{key}={value}: not among the files that the job takes along; name a folder on storage that all nodes share, "

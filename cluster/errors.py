@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 OUR_PACKAGES = frozenset({"cluster", "data_pipeline", "pretrain", "downstream"})
 
@@ -17,6 +18,12 @@ class RecipeError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint that cannot be written or read: one line with the folder and the remedy."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint of which nothing is known, because its storage does not answer."""
+
+    transient = True  # a run on a cluster goes on after it
 
 
 class Restart(Exception):  # noqa: N818  # no error: how a worker ends that is to start anew
@@ -44,6 +51,14 @@ def portable(error: Exception) -> Exception:
 def first_line(error: BaseException) -> str:
     """What an error says first, or its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason_of(error: BaseException) -> str:
+    """The few words in which a disk, a store or torch says why."""
+    # torch wraps the reason into lines of advice on how to load what is not to be trusted.
+    if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return found[1]
+    return (isinstance(error, OSError) and error.strerror) or first_line(error)
 
 
 def last_line(error: BaseException) -> str:

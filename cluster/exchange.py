@@ -27,6 +27,9 @@ from cluster.files import write_whole
 STOP, RESTART, STEP, GROUP, EVENTS = "stop", "restart", "step", "group.json", "events.jsonl"
 MESSAGES = "messages_*.jsonl"
 SAME_SECONDS = 10.0  # within which the same words of several ranks are one message
+UNSTARTED = "unstarted"  # event: the start before it brought up no group of workers
+
+logger = logging.getLogger(__name__)
 
 
 class Exchange:
@@ -45,8 +48,15 @@ class Exchange:
         return self.folder.parent.parent
 
     def ask_to_stop(self) -> None:
-        """Let the workers save and end."""
-        (self.folder / STOP).touch()
+        """Let the workers save and end; where the folder was removed, they look for it in a new one.
+
+        Called by a signal's handler, which must not raise into whatever runs at that moment.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / STOP).touch()
+        except OSError as error:
+            logger.warning("%s: the workers cannot be told to stop (%s)", self.folder / STOP, error.strerror)
 
     def ask_to_restart(self) -> None:
         """Let the workers save and start anew, perhaps in another number."""
@@ -94,18 +104,48 @@ class Exchange:
             file.write(json.dumps({"event": event, "time": time.time(), **facts}) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
-        """All events, oldest first."""
+        """All events, oldest first; a line that is torn, because a disk was full, is left out."""
         try:
-            lines = (self.folder / EVENTS).read_text().splitlines()
+            lines = (self.folder / EVENTS).read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines]
+        return [event for line in lines if (event := _parse(line)) is not None]
+
+    def unstarted(self) -> int:
+        """How often in a row a start brought up no group."""
+        names = [event["event"] for event in reversed(self.events()) if event["event"] in ("start", UNSTARTED)]
+        pairs = itertools.takewhile(
+            lambda pair: pair == (UNSTARTED, "start"), zip(names[::2], names[1::2], strict=False)
+        )
+        return len(list(pairs))
+
+    def interruption(self) -> dict[str, Any] | None:
+        """Why the group before the present one ended: the first event after the start that brought it up."""
+        first, is_up = None, True
+        for event in reversed(self.events()[:-1]):  # the last one is the present start
+            if event["event"] == UNSTARTED:
+                is_up = False
+            elif event["event"] == "start":
+                if is_up:
+                    break
+                is_up = True
+            else:
+                first = event
+        return first
 
     def failures(self) -> int:
         """How often in a row workers were lost with no new checkpoint in between."""
         lost = [event for event in self.events() if event["event"] == "lost"]
         steps = [event["step"] for event in lost]
         return len(list(itertools.takewhile(lambda step: step == steps[-1], reversed(steps))))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
 
 
 class MessageHandler(logging.Handler):

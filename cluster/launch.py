@@ -63,6 +63,8 @@ C = TypeVar("C")
 OBJECT_STORE_BYTES = 200 * 2**20  # nothing large passes through it
 MESSAGE_POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
+FRAME_HEADER, SETTINGS = 9, b"\x04"  # of HTTP/2, RFC 9113: length (3 bytes), type, flags, stream; the first type sent
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + 5 * b"\0"
 SETUP_HOOK = "worker_process_setup_hook"
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,8 @@ def launch(
     least, most = (workers, workers) if isinstance(workers, int) else workers
     with _connected_ray(most * options.cpus_per_worker), _exchange_folder(Path(run_dir).absolute()) as exchange:
         scaling, backend = _resources(least, most, options)
+        if not _address():
+            _check_own_gpus(least, scaling, options)
         trainer = _Trainer(
             _worker,
             train_loop_config={
@@ -109,7 +113,7 @@ def launch(
             ),
         )
         trainer.policies = {
-            "scaling_policy": LiveNodesPolicy(scaling, exchange, autoscaled=bool(os.environ.get("RAY_ADDRESS"))),
+            "scaling_policy": LiveNodesPolicy(scaling, exchange, autoscaled=bool(_address())),
             "failure_policy": RecoveryPolicy(exchange, options.max_failures),
         }
         with on_sigterm(exchange.ask_to_stop), _messages_shown(exchange):
@@ -242,10 +246,7 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address == "local":
-        address = None
-    if address:
+    if address := _address():
         _check_address(address)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -275,14 +276,48 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
         ray.shutdown()
 
 
+def _address() -> str | None:
+    """Of the cluster to work on; None: a Ray of our own, on this machine."""
+    address = os.environ.get("RAY_ADDRESS")
+    return None if address in ("", "local") else address
+
+
+def _check_own_gpus(least: int, scaling: ScalingConfig, options: ClusterConfig) -> None:
+    """RunError where a Ray of our own has too few GPUs: it would wait for ever, no node will join it."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    needed = math.ceil(least * scaling._resources_per_worker_not_none.get("GPU", 0) - 1e-6)
+    if gpus < needed:
+        raise RunError(
+            f"cluster.accelerator={options.accelerator} with {least} workers needs {needed} GPUs, and this machine has "
+            f"{gpus}; name a cluster with RAY_ADDRESS, or use fewer workers, or cluster.accelerator=cpu"
+        )
+
+
 def _check_address(address: str) -> None:
-    """RunError where nothing listens at HOST:PORT; Ray itself tries for minutes and then ends the process."""
+    """RunError where no Ray listens at HOST:PORT; Ray itself tries for minutes and then ends the process."""
+    if address.startswith(("http://", "https://")):
+        raise RunError(
+            f"RAY_ADDRESS={address}: a dashboard's URL, which `dicm cluster` alone takes; to run on that cluster from "
+            "one of its nodes set RAY_ADDRESS=auto, or submit the command with `dicm cluster submit`"
+        )
     host, _, port = address.rpartition(":")
     if "/" not in host and port.isdigit():
         try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS) as connection:
+                is_ray = "RAY_USE_TLS" in os.environ or _speaks_http2(connection)
         except OSError as error:
             raise _no_cluster(address, error) from error
+        if not is_ray:
+            raise _no_cluster(address, ValueError("something else listens there"))
+
+
+def _speaks_http2(connection: socket.socket) -> bool:
+    """Whether the other side greets as gRPC servers do, of which Ray's control service is one."""
+    connection.sendall(HTTP2_GREETING)
+    answer = b""
+    while len(answer) < FRAME_HEADER and (more := connection.recv(FRAME_HEADER - len(answer))):
+        answer += more
+    return answer[3:4] == SETTINGS
 
 
 def _no_cluster(address: str, error: Exception) -> RunError:

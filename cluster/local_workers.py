@@ -13,8 +13,10 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
@@ -48,15 +50,24 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
     processes: list[SpawnProcess] = []
     receivers: list[Connection] = []
     try:
-        for rank in range(workers):
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (function, config, rank, workers, store.port, sender)
-            process = context.Process(target=_work_in_process, args=arguments, name=f"worker {rank}")
-            process.start()
-            sender.close()
-            processes.append(process)
-            receivers.append(receiver)
-        with on_sigterm(lambda: _terminate(processes)):
+        told = threading.Event()
+
+        def tell() -> None:
+            told.set()
+            _terminate(processes)
+
+        with on_sigterm(tell):
+            with _sigterm_held_back():
+                for rank in range(workers):
+                    receiver, sender = context.Pipe(duplex=False)
+                    arguments = (function, config, rank, workers, store.port, sender)
+                    process = context.Process(target=_work_in_process, args=arguments, name=f"worker {rank}")
+                    process.start()
+                    sender.close()
+                    processes.append(process)
+                    receivers.append(receiver)
+            if told.is_set():  # another thread took the signal, while some had not been started
+                _terminate(processes)
             _wait(processes)
         codes = [process.exitcode for process in processes]  # before the survivors are killed: None where one runs
     finally:
@@ -67,6 +78,20 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
     failures = [failure for receiver in receivers if (failure := _received(receiver)) is not None]
     if any(codes) or failures:
         _raise_cause(codes, failures)
+
+
+@contextmanager
+def _sigterm_held_back() -> Iterator[None]:
+    """SIGTERM waits while the block lasts, and in processes started in it until they take it.
+
+    One that imports still has no handler, and would die of what is to let it save and end.
+    """
+    resource_tracker.ensure_running()  # it lets SIGTERM through as it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(processes: list[SpawnProcess]) -> None:
@@ -140,6 +165,7 @@ def _work_in_process(
     }
     try:
         runtime = LocalRuntime()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back until there was a handler
         function(runtime, config)
     except Exception as error:
         # Said before the connections close: what the other ranks then raise is later, and no cause.

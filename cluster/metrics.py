@@ -189,7 +189,7 @@ class ProgressFollower:
 
     def __init__(self, run: Path | str, total: int, console: Console | None = None) -> None:
         self.path, self.total = Path(run) / METRICS, total
-        self.console = console or Console(file=sys.stderr)
+        self.console = console or Console(file=sys.stderr, markup=False)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._inode, self._position = -1, 0
@@ -217,7 +217,8 @@ class ProgressFollower:
             self._print_lines()
 
     def _draw_bar(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        text = TextColumn("{task.description}", markup=False)
+        columns = (text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:
             task = progress.add_task("starting", total=self.total)
             begun = ended = False
@@ -238,7 +239,8 @@ class ProgressFollower:
             self._read()
             step = self._last.get("step", 0)
             if step > printed and (ended or time.monotonic() >= next_line):
-                self.console.print(f"step {step}/{self.total}  {self._text()}", highlight=False, soft_wrap=True)
+                text = f"step {step}/{self.total}  {self._text()}"
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
                 printed, next_line = step, time.monotonic() + PLAIN_SECONDS
 
     def _read(self) -> bool:

@@ -28,13 +28,14 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGro
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 
 from cluster.errors import Restart
-from cluster.exchange import Exchange, MessageHandler
+from cluster.exchange import UNSTARTED, Exchange, MessageHandler
 from cluster.failures import cause_of
 
 LOOK_SECONDS = 1.0  # between looks at the nodes
 ANSWER_SECONDS = 2.0  # within which a node's raylet accepts a connection
 WAIT_WARNING_SECONDS = 30.0
 RELEASE_SECONDS = 0.3
+START_TIMES = 6  # starts in a row that timed out, a minute by default, are counted as a lost worker
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +100,14 @@ class LiveNodesPolicy(ElasticScalingPolicy):
             super()._maybe_send_resource_request()
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start with what there is room for; wait where that is too little."""
+        """Start with what there is room for; wait where that is too little; nothing starts that was told to stop."""
+        if self.exchange.stop_asked:
+            raise Restart("stopped while there were no workers")
         self._maybe_send_resource_request()
         nodes = self._get_reserved_resources()
         self._tell_of_lost_nodes(nodes)
         num_workers = self._count_possible_workers(nodes)
         if num_workers < self.scaling_config.min_workers:
-            if self.exchange.stop_asked:
-                raise Restart("stopped while it waited for nodes")
             self._warn_of_waiting(num_workers)
             time.sleep(LOOK_SECONDS)  # the controller asks again at once
             return NoopDecision()
@@ -228,7 +229,10 @@ class RecoveryPolicy(FailurePolicy):
             if isinstance(failure, RayError) and not isinstance(failure, RayActorError):
                 return FailureDecision.RAISE  # the training function cannot even be loaded
             Group.release()
+            self.exchange.add_event(UNSTARTED)
             if isinstance(failure, WorkerGroupStartupTimeoutError):
+                if (times := self.exchange.unstarted()) % START_TIMES == 0:
+                    return self._count(f"workers could not be started {times} times in a row, though there was room")
                 logger.warning("the places that were free are taken; trying again")
                 return FailureDecision.RETRY
             return self._count(f"workers could not be started ({type(failure).__name__})")

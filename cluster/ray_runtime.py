@@ -26,7 +26,9 @@ class RayRuntime(Runtime):
         super().__init__(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device)
         self.place = f"rank {self.rank} on node {ray.util.get_node_ip_address()}"
         self.exchange = exchange
-        self.interruption = _last_interruption(exchange)
+        cause = exchange.interruption()
+        if cause is not None:
+            self.interruption = Interruption(INTERRUPTIONS[cause["event"]], cause["reason"], cause["time"])
         self._told, self._next_look = Notice.NONE, 0.0
         self._gauges: dict[str, Gauge] = {}
 
@@ -51,13 +53,3 @@ class RayRuntime(Runtime):
             elif self.exchange.restart_asked:
                 self._told = Notice.RESTART
         return self._told
-
-
-def _last_interruption(exchange: Exchange) -> Interruption | None:
-    """What happened before the present group started: the first event after the start before it."""
-    last = None
-    for event in reversed(exchange.events()[:-1]):  # the last one is the present start
-        if event["event"] == "start":
-            break
-        last = event
-    return last and Interruption(INTERRUPTIONS[last["event"]], last["reason"], last["time"])

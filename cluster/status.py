@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from cluster.checkpoint import CheckpointStore
 from cluster.errors import CheckpointError
@@ -26,20 +27,20 @@ NONE = "-"
 
 
 def status_table(
-    rows: list[dict[str, Any]], *, title: str = "", checkpoint: int | None = None, now: float | None = None
+    rows: list[dict[str, Any]], *, title: str = "", checkpoint: int | str | None = None, now: float | None = None
 ) -> Table:
     """What the rows of a run say of it.
 
     Args:
         rows: of metrics.jsonl, in order; those with a loss are training's, those with an event are recoveries.
-        checkpoint: step of the newest one.
+        checkpoint: step of the newest one; or why it is not known.
         now: seconds since 1970; the clock's if not given.
     """
     now = time.time() if now is None else now
     training = [row for row in rows if "loss" in row]
     events = [row for row in rows if row.get("event") in EVENTS]
     last = training[-1] if training else {}
-    table = Table(title=title or None, title_justify="left", show_header=False)
+    table = Table(title=Text(title) if title else None, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name, value in (
@@ -60,9 +61,9 @@ def status_table(
         ("newest checkpoint", _checkpoint(training, checkpoint, now)),
         ("recoveries", str(len(events))),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     for event in events[-SHOWN_EVENTS:]:
-        table.add_row("", _event(event, now))
+        table.add_row("", Text(_event(event, now)))
     return table
 
 
@@ -87,8 +88,11 @@ def seconds_left(rows: list[dict[str, Any]]) -> float | None:
     return float(max(0.0, steps * each))
 
 
-def newest_checkpoint(run: Path) -> int | None:
-    """Step of the newest complete checkpoint of a run, in its folder or where its config says; None: there is none."""
+def newest_checkpoint(run: Path) -> int | str | None:
+    """Step of the newest complete checkpoint of a run, in its folder or where its config says.
+
+    None: there is none. A text: why that cannot be told from here; the table is worth showing without it.
+    """
     try:
         config = yaml.safe_load((run / "config.yaml").read_text())
         place = config.get("checkpoints") or str(run / "checkpoints")
@@ -96,14 +100,16 @@ def newest_checkpoint(run: Path) -> int | None:
         place = str(run / "checkpoints")
     try:
         return max(CheckpointStore(place).steps(), default=None)
-    except CheckpointError:  # the table is worth showing without it
-        return None
+    except CheckpointError as error:
+        return str(error)
 
 
 def show(run: Path, console: Console, *, every: float | None = None) -> None:
     """Print the table of the run in folder `run`; with `every`, draw it anew after so many seconds until Ctrl-C."""
 
     def draw() -> RenderableType:
+        if not (run / METRICS).is_file():
+            return Text(f"{run}: the run has begun, there are no metrics yet")
         return status_table(read_rows(run / METRICS), title=str(run), checkpoint=newest_checkpoint(run))
 
     if every is None or not console.is_terminal:
@@ -127,10 +133,12 @@ def _number(row: dict[str, Any], key: str, form: str, factor: float = 1) -> str:
     return form.format(value * factor) if isinstance(value, int | float) else NONE
 
 
-def _checkpoint(training: list[dict[str, Any]], step: int | None, now: float) -> str:
+def _checkpoint(training: list[dict[str, Any]], step: int | str | None, now: float) -> str:
     """The step, and the age of the row that was written next to it: storages have no common clock."""
     if step is None:
         return "none"
+    if isinstance(step, str):
+        return f"not known: {step}"
     beside = [row for row in training if row["step"] <= step]
     return f"step {step}, {_ago(beside[-1] if beside else {}, now)}"
 

@@ -56,9 +56,9 @@ class Job:
 
 
 def read_token(token_file: Path | None) -> tuple[str | None, str]:
-    """The cluster's token and where it was found (RunError for a file that cannot be read or is empty)."""
+    """The cluster's token and where it was found (RunError for a file that cannot be read, or for what is no token)."""
     if token_file is None and (token := os.environ.get("RAY_AUTH_TOKEN", "").strip()):
-        return token, "RAY_AUTH_TOKEN"
+        return _checked(token, "RAY_AUTH_TOKEN"), "RAY_AUTH_TOKEN"
     named = token_file or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if not named:
         return None, ""
@@ -68,13 +68,23 @@ def read_token(token_file: Path | None) -> tuple[str | None, str]:
         raise RunError(f"{named}: the token cannot be read ({getattr(error, 'strerror', 'no text')})") from error
     if not token:
         raise RunError(f"{named}: holds no token")
-    return token, str(named)
+    return _checked(token, str(named)), str(named)
+
+
+def _checked(token: str, source: str) -> str:
+    """A token that can be sent; the error does not show it."""
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise RunError(
+            f"{source}: holds no token, but a text with characters that no token has (blanks, line ends or letters "
+            "beyond ASCII); take the one that the cluster's head was started with"
+        )
+    return token
 
 
 def dashboard_address(address: str | None) -> str:
     """URL of a dashboard: `address`, RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is a URL, or this machine's."""
     url = address or os.environ.get("RAY_API_SERVER_ADDRESS")
-    if url is None:
+    if not url:
         ray_address = os.environ.get("RAY_ADDRESS", "")
         url = ray_address if ray_address.startswith(("http://", "https://")) else DEFAULT_ADDRESS
     if not url.startswith(("http://", "https://")):

@@ -12,7 +12,7 @@ from rich.table import Table
 app = typer.Typer()
 anchors = typer.Typer(no_args_is_help=True, help="Codecs of pixels to compare with.")
 app.add_typer(anchors, name="anchors")
-console = Console()
+console = Console(highlight=False, markup=False)  # names stay as they are
 TASK_NAMES = "classification, detection, instance_segmentation, semantic_segmentation"
 
 
@@ -25,11 +25,10 @@ def finetune(
 
     Example: dicm finetune detection codec=codec data=data/voc run=runs/objects
     """
-    from downstream.finetune import resolve, run
+    from downstream.finetune import resolve
 
     config = resolve(task, overrides or [])
-    results = run(config)
-    _print(config.run, results)
+    _run(config)
 
 
 @app.command()
@@ -54,11 +53,16 @@ def evaluate(
 
         _print(what, evaluate_run(Path(what)))
         return
+    from downstream.errors import StoppedError
     from downstream.evaluation.points import resolve
     from downstream.evaluation.sweep import sweep
 
     config = resolve(what, overrides or [])
-    rows = sweep(config, lambda progress: console.print(_line(progress), highlight=False, soft_wrap=True))
+    try:
+        rows = sweep(config, lambda progress: console.print(_line(progress), soft_wrap=True))
+    except StoppedError:
+        console.print(f"stopped; the same command goes on with {config.out}", soft_wrap=True)
+        return
     _print_sweep(config.out, rows, config.against)
 
 
@@ -106,10 +110,10 @@ def report(
 
     document = document_of(folders, pretraining, against, ablation or [])
     document.write_html(out)
-    console.print(f"wrote {out}", soft_wrap=True, markup=False)
+    console.print(f"wrote {out}", soft_wrap=True)
     if markdown is not None:
         document.write_markdown(markdown)
-        console.print(f"wrote {markdown}/README.md", soft_wrap=True, markup=False)
+        console.print(f"wrote {markdown}/README.md", soft_wrap=True)
 
 
 @app.command("select-channels")
@@ -142,12 +146,12 @@ def train_anchor(
 
     Example: dicm anchors train mbt2018-mean data=data/tiny quality=2 run=anchors/mbt2018-mean-2
     """
-    from downstream.finetune import resolve, run
+    from downstream.finetune import resolve
     from downstream.tasks.anchor import weights_path
 
     config = resolve("anchor", [f"model={model}", *(overrides or [])])
-    _print(config.run, run(config))
-    console.print(f"wrote {weights_path(Path(config.run))}", soft_wrap=True)
+    if _run(config):
+        console.print(f"wrote {weights_path(Path(config.run))}", soft_wrap=True)
 
 
 @app.command()
@@ -161,6 +165,20 @@ def demo(
     from downstream.demo import run_demo
 
     run_demo(out, console)
+
+
+def _run(config: Any) -> bool:
+    """Fine-tune and show the results; False where the run was told to stop, which is no error."""
+    from downstream.errors import StoppedError
+    from downstream.finetune import run
+
+    try:
+        results = run(config)
+    except StoppedError as stopped:
+        console.print(str(stopped), soft_wrap=True)
+        return False
+    _print(config.run, results)
+    return True
 
 
 def _line(progress: Any) -> str:

@@ -52,8 +52,9 @@ def run_demo(
     """
     report = out / "report.html"
     console.print(
-        f"The demo takes about {MINUTES} minutes on two cores; the report will be [bold]{report}[/]. "
-        "Stopped, it goes on where it was."
+        f"The demo takes about {MINUTES} minutes on two cores; the report will be {report}. "
+        "Stopped, it goes on where it was.",
+        markup=False,
     )
     timings = Timings(out / "timings.json", console)
     data, folder, codec = out / "scenes", out / "runs" / "pretrain", out / "codec"
@@ -101,8 +102,9 @@ def run_demo(
     pages.write(report)
     for row in results:
         name = row["anchor"] or f"rate {row['rate']:g}"
-        console.print(f"  {name:<10} {row['bpp']:.3f} bpp  {100 * row['top1']:.1f} % top-1", highlight=False)
-    console.print(f"report: [bold]{report}[/]")
+        line = f"  {name:<10} {row['bpp']:.3f} bpp  {100 * row['top1']:.1f} % top-1"
+        console.print(line, highlight=False, markup=False)
+    console.print(f"report: {report}", style="bold", markup=False, soft_wrap=True)
     return report
 
 
@@ -117,7 +119,7 @@ class Timings:
         """Do `work` unless `result` is there."""
         if result.exists():
             return
-        self.console.print(f"[bold]{name}[/]")
+        self.console.print(name, style="bold", markup=False)
         start = time.perf_counter()
         try:
             work()

@@ -32,10 +32,12 @@ from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
 from cluster.metrics import MetricsLogger, ProgressFollower, StepMeter, log_recovery
 from cluster.recipes import config_diff, load_config, load_saved, read_recipe, save_config
+from cluster.run_folder import check_folder, held_run, how_it_stopped
 from cluster.runtime import Runtime
 from data_pipeline.shards import Manifest
+from downstream.batches import split_batch
 from downstream.config import FinetuneConfig
-from downstream.errors import TaskError
+from downstream.errors import StoppedError, TaskError
 from downstream.inputs import check_inputs, inputs_of, write_inputs
 from downstream.results import RESULTS, read_results, write_results
 from downstream.stream_cache import build_streams, prepare_folder
@@ -72,8 +74,11 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises:
         TaskError, DataError, CodecError: the data set lacks what the task needs; data or codec are unusable.
+        StoppedError: the run was told to stop.
+        RunError: the run folder is in use or cannot be made; a worker failed.
     """
     folder, task = Path(config.run), task_class(config.task)
+    check_folder(folder)
     codec, manifest = task.load_codec(config), Manifest.load(config.data)
     task.fill_in(config, codec, manifest)
     inputs = inputs_of(config, codec, manifest)
@@ -83,20 +88,21 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     task.check_codec(config, codec)
     check_init(config)
     found = task.check_data(config, manifest)
-    prepare_folder(config, inputs)
-    save_config(config, folder / "config.yaml")
-    write_inputs(folder, inputs)
-    with ProgressFollower(folder, sum(config.stages(found.num_samples).values())):
-        launcher.run(
-            finetune,
-            Job(config, found),
-            workers=config.workers,
-            launcher=config.launcher,
-            run_dir=config.run,
-            cluster=config.cluster,
-        )
+    with held_run(folder):
+        prepare_folder(config, inputs)
+        save_config(config, folder / "config.yaml")
+        write_inputs(folder, inputs)
+        with ProgressFollower(folder, sum(config.stages(found.num_samples).values())):
+            launcher.run(
+                finetune,
+                Job(config, found),
+                workers=config.workers,
+                launcher=config.launcher,
+                run_dir=config.run,
+                cluster=config.cluster,
+            )
     if not (folder / RESULTS).is_file():
-        raise TaskError(f"run={folder} was stopped; the same command continues")
+        raise StoppedError(how_it_stopped(config, folder))
     return read_results(folder)
 
 
@@ -104,14 +110,16 @@ def check_earlier_run(config: FinetuneConfig, folder: Path, inputs: dict[str, st
     """Refuse to continue a run under other options or with other inputs (TaskError with the difference).
 
     A run that never came to a checkpoint may be begun anew with other ones: they may be what stopped it.
+
+    Raises:
+        CheckpointError: it has checkpoints, of which none can be used.
     """
-    path = folder / "config.yaml"
-    if folder.is_file():
-        raise TaskError(f"run={folder} is a file; name a folder")
-    begun = (folder / RESULTS).is_file() or open_checkpoints(config, folder).newest() is not None
-    if not path.is_file() or not begun:
+    if not (folder / "config.yaml").is_file():
         return
     earlier = load_run(folder)
+    # Its checkpoints lie where its own options say. Damaged ones are an earlier run's, too.
+    if not (folder / RESULTS).is_file() and open_checkpoints(earlier, folder).newest() is None:
+        return
     differences = [item for item in config_diff(earlier, config) if item.key.partition(".")[0] not in FREE_KEYS]
     if differences:
         shown = "; ".join(f"{item.key}: {item.before} there, {item.after} here" for item in differences[:3])
@@ -332,22 +340,6 @@ class Finetuner:
         state = np.random.SeedSequence((self.config.seed, self.step, self.runtime.rank)).generate_state(2)
         generator.manual_seed(int(state[0]))
         torch.manual_seed(int(state[1]))
-
-
-def split_batch(batch: Any, most: int | None) -> list[tuple[Any, int]]:
-    """Parts of at most that many images, and how many each has: of a list, or of a tuple of tensors and lists."""
-    fields = [batch] if isinstance(batch, list) else [field for field in batch if field is not None]
-    share = len(fields[0])
-    step = most or share
-    cuts = [slice(start, start + step) for start in range(0, share, step)]
-
-    def cut(part: slice) -> Any:
-        if isinstance(batch, list):
-            return batch[part]
-        values = [None if field is None else field[part] for field in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-
-    return [(cut(part), len(range(share)[part])) for part in cuts]
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 app = typer.Typer()
-console = Console()
+console = Console(highlight=False, markup=False, soft_wrap=True)  # names stay as they are, to be copied
 TILE_HELP = "Side in pixels of the squares that are coded one at a time, which bounds memory: a multiple of 64."
 PRECISION_HELP = "Of the networks: fp32; or bf16, which halves time and memory where the processor has it."
 
@@ -25,14 +25,15 @@ def pretrain(
 
     Example: dicm pretrain tiny_imagenet20 data=data/tiny run=runs/tiny workers=2
     """
+    from cluster.run_folder import how_it_stopped
     from pretrain.run import resolve, run
 
     config = resolve(recipe, overrides or [])
     folder = run(config)
     if (folder / "summary.json").is_file():
-        console.print(f"[bold]complete[/]: {folder}; next: dicm export {folder} codec")
+        console.print(f"complete: {folder}; next: dicm export {folder} codec")
     else:
-        console.print(f"stopped with a checkpoint in {folder}; the same command continues")
+        console.print(how_it_stopped(config, folder))
 
 
 @app.command()
@@ -84,8 +85,7 @@ def encode(
         f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp, "
         f"{result.images_per_second:.2f} images/s"
         + (f"; base {result.num_base_bytes} bytes, rest {rest}" if rest else "")
-        + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else ""),
-        soft_wrap=True,  # names stay whole, to be copied
+        + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else "")
     )
 
 
@@ -114,4 +114,4 @@ def decode(
     from pretrain.coding import decode_files
 
     num_files = decode_files(codec, streams, out, console, format, layers, tile, precision)
-    console.print(f"{num_files} streams -> {out}", soft_wrap=True)
+    console.print(f"{num_files} streams -> {out}")

@@ -314,7 +314,8 @@ def write_file(path: Path, data: bytes) -> None:
 def _progress(console: Console) -> Progress:
     """A bar with room for a task's `figures`."""
     figures = TextColumn("{task.fields[figures]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster import runtime
-from cluster.errors import RunError
 from cluster.metrics import ProgressFollower
 from cluster.recipes import config_diff, load_config, load_saved, save_config
+from cluster.run_folder import check_folder, held_run
 from data_pipeline.errors import DataError
 from data_pipeline.shards import Manifest
 from pretrain.config import PretrainConfig
@@ -38,24 +38,26 @@ def run(config: PretrainConfig) -> Path:
 
     Raises:
         DataError: the data set is missing, damaged, or smaller than a batch.
-        ConfigError, RunError: the run folder holds a run with other options; a worker failed.
+        ConfigError, RunError: the run folder holds a run with other options, is in use or cannot be made; a worker
+            failed.
     """
     folder = Path(config.run)
+    check_folder(folder)
     num_samples = check_data(config)
     check_earlier_run(config, folder)
     if (folder / "summary.json").is_file():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    with ProgressFollower(folder, total_steps(config, num_samples)):
-        runtime.run(
-            pretrain,
-            config,
-            workers=config.workers,
-            launcher=config.launcher,
-            run_dir=config.run,
-            cluster=config.cluster,
-        )
+    with held_run(folder):
+        save_config(config, folder / "config.yaml")
+        with ProgressFollower(folder, total_steps(config, num_samples)):
+            runtime.run(
+                pretrain,
+                config,
+                workers=config.workers,
+                launcher=config.launcher,
+                run_dir=config.run,
+                cluster=config.cluster,
+            )
     return folder
 
 
@@ -75,8 +77,6 @@ def check_earlier_run(config: PretrainConfig, folder: Path) -> None:
     """Refuse to continue a run under other options (ConfigError with the difference)."""
     path = folder / "config.yaml"
     if not path.is_file():
-        if folder.is_file():
-            raise RunError(f"run={folder} is a file; name a folder")
         return
     differences = [
         line

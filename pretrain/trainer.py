@@ -2,6 +2,7 @@
 
     RUN/
       config.yaml                  resolved options
+      .lock                        host and process of the driver, while it is at work
       metrics.jsonl, tensorboard/  what was measured, rank 0
       checkpoints/step_NNNNNNNN/   complete or absent
       samples/                     heatmaps with boxes and crops, as seen in training

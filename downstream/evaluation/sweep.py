@@ -33,18 +33,18 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.errors import is_ours
 from cluster.files import write_whole
 from cluster.recipes import change_config, config_diff, load_saved, save_config
 from downstream import finetune
 from downstream.channels import select_channels
-from downstream.errors import TaskError
+from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import Point, SweepConfig, points_of
 from downstream.results import read_results
 
 POINTS, COSTS, OPTIONS = "points", "costs.json", "sweep.yaml"
 TABLE = ("results.csv", "results.json")
 COST_IMAGES, COST_REPEATS = 8, 3
-OUR_PACKAGES = {"cluster", "data_pipeline", "pretrain", "downstream"}
 COLUMNS = (
     "task", "data", "run", "seed", "codec", "quality", "protocol", "metric", "value", "bpp", "bpp_payload", "images",
     "encode_ms", "decode_ms", "encode_macs", "decode_macs", "train_seconds",
@@ -69,6 +69,7 @@ def sweep(config: SweepConfig, tell: Callable[[Progress], None] = lambda _: None
 
     Raises:
         TaskError: a base run is of no use; points failed, after all others were measured.
+        StoppedError: the sweep was told to stop.
     """
     out = Path(config.out)
     points = points_of(config)
@@ -114,8 +115,9 @@ def _measure(
         try:
             row = measured()
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
-                raise  # a bug; what users can put right must not keep the other points waiting
+            # What users can put right must not keep the other points waiting; a bug, or a notice to stop, must.
+            if isinstance(error, StoppedError) or not is_ours(error):
+                raise
             failures.append(f"{point.name}: {error}")
         else:
             done = sum((folder_of(out, each) / COSTS).is_file() for each in all_points)

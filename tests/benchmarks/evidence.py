@@ -37,6 +37,7 @@ from downstream.evaluation.rate_accuracy import Curve, curves_of, deltas, rate_a
 from downstream.evaluation.report import report_of_sweeps
 from downstream.evaluation.sweep_report import read_sweep, savings_at
 
+DONE = "done"  # in the folder of a sweep that has all its points
 GRACE_SECONDS = 180  # for a step that was told to stop
 RATES = "rates=0,0.25,0.5,0.75,1"
 HEVC = "hevc:51,hevc:47,hevc:42,hevc:37,hevc:47@0.5,hevc:42@0.5,hevc:37@0.5,hevc:32@0.5"
@@ -228,7 +229,7 @@ def sweep_step(study: Study, arguments: argparse.Namespace, variant: str, label:
         command += [f"codec={out.parent / 'codec'}"]
     if study.gates:
         command += [f"gates={study.gates}"]
-    return Step(f"{study.name}: {variant}, seed {seed}, sweep", command, out / "done")
+    return Step(f"{study.name}: {variant}, seed {seed}, sweep", command, out / DONE)
 
 
 def place_of(study: Study, arguments: argparse.Namespace, variant: str, seed: int) -> Path:
@@ -247,24 +248,23 @@ def run(step: Step, deadline: float, clock: Clock) -> bool:
     print(f"== {step.name}\ndicm {' '.join(step.command)}", flush=True)
     if time.monotonic() >= deadline:
         return False
-    start = time.monotonic()
+    start, stopped = time.monotonic(), False
     child = subprocess.Popen(
         [sys.executable, "-m", "dicm", *step.command], env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     )
     try:
         child.wait(max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
+        stopped = True
         child.send_signal(signal.SIGTERM)
         child.wait(GRACE_SECONDS)
     finally:
         clock.add(step.name, time.monotonic() - start)
-    if time.monotonic() >= deadline and not step.result.exists() and step.result.name != "done":
+    if stopped:
         return False
     if child.returncode:
-        if time.monotonic() >= deadline:
-            return False
         raise SystemExit(f"step {step.name} failed with exit code {child.returncode}")
-    if step.result.name == "done":
+    if step.result.name == DONE:
         step.result.touch()
     return step.result.exists()
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 import re
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 from conftest import REPOSITORY, assert_refused, dicm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -75,6 +78,15 @@ def test_address__a_host_that_never_answers_costs_ten_seconds_at_most(monkeypatc
         assert_refused(dicm("cluster", "list", "--address", address), address, "no answer within")
 
 
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Address of a web server of this process."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
 @pytest.fixture
 def other_server() -> Iterator[str]:
     """Address of a web server that is no Ray dashboard."""
@@ -88,10 +100,8 @@ def other_server() -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Other)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with serving(Other) as address:
+        yield address
 
 
 def test_address__of_something_else_is_told(other_server: str):
@@ -100,6 +110,7 @@ def test_address__of_something_else_is_told(other_server: str):
 
 def test_dashboard_address__option_then_environment_then_this_machine(monkeypatch: pytest.MonkeyPatch):
     assert dashboard_address(None) == "http://127.0.0.1:8265"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # as unset
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # of a cluster's control service, which takes no jobs
     assert dashboard_address(None) == "http://127.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "https://ray.example.com/")
@@ -121,6 +132,54 @@ def test_read_token__from_files_and_the_environment_alone(tmp_path: Path, monkey
     for name in ("empty", "missing"):
         with pytest.raises(RunError, match=f"{name}: .*token"):
             read_token(tmp_path / name)
+
+
+@pytest.mark.parametrize("token", ["tok\u20acn", "two words", "two\nlines"])
+def test_read_token__what_could_not_be_sent_is_told_and_not_shown(token: str, tmp_path: Path, monkeypatch):
+    (tmp_path / "token").write_text(token)
+    assert_refused(dicm("cluster", "list", "--token-file", tmp_path / "token"), f"{tmp_path / 'token'}: holds no token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    result = dicm("cluster", "list")
+    assert_refused(result, "RAY_AUTH_TOKEN: holds no token", "take the one")
+    assert token not in result.stderr
+
+
+def test_status__of_a_folder_that_is_none_says_so(tmp_path: Path):
+    nowhere = ("--address", "http://127.0.0.1:9")
+    missing = tmp_path / "runs" / "r50"
+    assert_refused(dicm("cluster", "status", missing, *nowhere), f"{missing}: no such folder here", "no Ray dashboard")
+    assert_refused(dicm("cluster", "status", tmp_path, *nowhere), f"{tmp_path}: holds no run (no config.yaml)")
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """What a dashboard says of its jobs."""
+
+    words, message = "pretrain small 'only=[codec]'", "failed in [/tmp/x]"
+
+    def do_GET(self) -> None:
+        job = {
+            "type": "SUBMISSION", "submission_id": "[b]-1", "status": "FAILED", "entrypoint": "python", "driver_exit_code": 2,
+            "metadata": {"run": "/runs/[b]", "command": self.words}, "message": self.message,
+        }  # fmt: skip
+        version = {"version": "4", "ray_version": ray.__version__, "ray_commit": ray.__commit__, "session_name": "s"}
+        answer = [job] if self.path.startswith("/api/jobs") else version
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_status__and_list_show_commands_and_reasons_as_they_are():
+    with serving(Dashboard) as address:
+        shown = dicm("cluster", "status", "/runs/[b]", "--address", address, "--watch")
+        listed = dicm("cluster", "list", "--address", address)
+    assert shown.returncode == listed.returncode == 0, shown.stderr + listed.stderr
+    for text in ("[b]-1", "/runs/[b]", Dashboard.words, Dashboard.message, "--watch is for run folders"):
+        assert text in shown.stdout
+    assert "[b]-1" in listed.stdout and "/runs/[b]" in listed.stdout
 
 
 def test_submit__a_typo_fails_before_anything_is_sent():

@@ -21,12 +21,19 @@ def check(words: str, **values: str) -> Command:
     return check_command(words.split(), Path("."), FILES, resolver)
 
 
+def test_check_command__files_of_all_options_may_be_shared_packed_or_fetched():
+    files = "teacher=/s/t.pt channels=codec/config.json anchor_weights=zoo latents_weights=/s/w.pt"
+    written = "cache=bitstreams cache_folder=/s/streams shard_cache=/tmp/cache"
+    assert check(f"finetune detection run=/r {files} {written}").run == "/r"
+
+
 def test_check_command__shared_paths_urls_hub_ids_and_packed_files_pass():
     command = check("finetune detection run=/shared/runs//r50/ data=s3://bucket/coco codec=owner/name")
     assert command == Command(
         ("finetune", "detection", "run=/shared/runs//r50/", "data=s3://bucket/coco", "codec=owner/name"),
         run="/shared/runs/r50",
     )
+    assert check("pretrain small run=//shared/runs/r50").run == "/shared/runs/r50"  # one run, however it is spelled
     assert check("pretrain recipes/mine.yaml run=/s/r init=codec checkpoints=s3://b/c").words[1] == "recipes/mine.yaml"
     assert check("export /shared/runs/r50 /shared/codec --onnx").run == "/shared/runs/r50"
 
@@ -43,6 +50,12 @@ def test_check_command__shared_paths_urls_hub_ids_and_packed_files_pass():
         ("pretrain small run=/r checkpoints=ckpt", "^checkpoints=ckpt: "),
         ("pretrain small run=/r data=data/imagenet", r"^data=data/imagenet: not among.*or a URL"),
         ("pretrain small run=/r data=owner/name", "^data=owner/name: not among"),
+        ("finetune detection run=/r cache=bitstreams cache_folder=streams", r"^cache_folder=streams: .*thrown away"),
+        ("pretrain small run=/r shard_cache=cache", r"^shard_cache=cache: .*thrown away.*shard_cache=/"),
+        ("finetune classification run=/r anchor_weights=elic.pt", "^anchor_weights=elic.pt: not among"),
+        ("finetune classification run=/r channels=out/channels.json", "^channels=out/channels.json: not among"),
+        ("finetune classification run=/r latents_weights=a/b.pt", "^latents_weights=a/b.pt: not among"),
+        ("finetune segmentation run=/r teacher=runs/teacher.pt", "^teacher=runs/teacher.pt: not among"),
         ("finetune detection run=/r codec=exported", "^codec=exported: not among"),
         ("pretrain recipes/other.yaml run=/r", "^recipe recipes/other.yaml: not among"),
         ("pretrain /etc/mine.yaml run=/r", "^recipe /etc/mine.yaml: not among"),

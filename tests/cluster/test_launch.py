@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,24 @@ def test_launch__no_cluster_at_ray_address(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RunError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers.*unset RAY_ADDRESS"):
         on_ray(write_facts, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_launch__something_else_at_ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    try:
+        with pytest.raises(RunError, match=rf"RAY_ADDRESS={address}: no Ray cluster answers \(something else listens"):
+            on_ray(write_facts, tmp_path)
+    finally:
+        server.shutdown()
+
+
+def test_launch__a_dashboards_url_as_ray_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(RunError, match=r"^RAY_ADDRESS=http://127.0.0.1:8265: a dashboard's URL.*RAY_ADDRESS=auto"):
+        on_ray(write_facts, tmp_path)
 
 
 def test_told__a_bug_in_a_worker_keeps_its_traceback():
@@ -156,6 +175,29 @@ def test_launch__stops_while_it_waits_for_nodes_and_says_what_it_waits_for(
     threading.Thread(target=tell, daemon=True).start()
     on_ray(write_facts, tmp_path, cpus_per_worker=1000)
     assert "room for 0 of at least 2 workers (1000 CPU each); waiting for nodes" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_check_address__of_a_cluster():
+    import ray
+
+    from cluster.launch import _check_address
+
+    _check_address(ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPUs that are missed")
+def test_launch__gpus_that_this_machine_has_not_are_not_waited_for(tmp_path: Path):
+    with pytest.raises(
+        RunError, match=r"^cluster.accelerator=gpu with 2 workers needs 2 GPUs, .* has 0; name a cluster"
+    ):
+        on_ray(write_facts, tmp_path, accelerator="gpu")
     assert list(tmp_path.iterdir()) == []
 
 

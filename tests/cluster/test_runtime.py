@@ -147,6 +147,30 @@ def test_run__sigterm_lets_every_worker_stop_at_the_same_step(tmp_path: Path, wo
     assert len({(tmp_path / f"stopped_{rank}").read_text() for rank in range(workers)}) == 1
 
 
+@pytest.mark.parametrize("there", [1, 2])
+def test_run__sigterm_while_workers_still_import_is_an_orderly_stop_too(tmp_path: Path, there: int):
+    """They have no handler yet; and the second one may not even have been started."""
+    program = (
+        "import multiprocessing, os, signal, sys, threading\n"
+        "from worker_functions import Options, step_until_told\n"
+        "from cluster.runtime import run\n"
+        "def tell():\n"
+        "    while len(multiprocessing.active_children()) < int(sys.argv[2]): pass\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "if __name__ == '__main__':\n"
+        "    threading.Thread(target=tell, daemon=True).start()\n"
+        "    run(step_until_told, Options(sys.argv[1]), workers=2, launcher='local', run_dir=sys.argv[1])\n"
+        "    print('returned')\n"
+    )
+    (tmp_path / "main.py").write_text(program)
+    result = subprocess.run(
+        [sys.executable, tmp_path / "main.py", tmp_path, str(there)], env=ENVIRONMENT, capture_output=True, text=True,
+        timeout=100, check=False,
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (0, "returned\n"), result.stderr
+    assert len({(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)}) == 1
+
+
 def test_run__workers_end_with_the_process_that_started_them(tmp_path: Path):
     program = (
         "import sys\n"

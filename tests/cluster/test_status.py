@@ -110,3 +110,27 @@ def test_show__once_where_the_output_is_no_terminal(tmp_path: Path):
     assert text.getvalue().count("40 / 100") == 1
     result = dicm("cluster", "status", tmp_path, "--watch")
     assert result.returncode == 0 and "40 / 100" in result.stdout
+
+
+def test_show__a_run_that_has_no_metrics_yet(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text("data: d\n")
+    result = dicm("cluster", "status", tmp_path)
+    assert result.returncode == 0 and result.stdout == f"{tmp_path}: the run has begun, there are no metrics yet\n"
+
+
+def test_show__names_and_reasons_as_they_are(tmp_path: Path):
+    run = tmp_path / "[red]"
+    run.mkdir()
+    lost = {**RECOVERED, "reason": "failed in [/tmp/x]"}
+    (run / "metrics.jsonl").write_text(json.dumps(lost) + "\n" + json.dumps({**ROW, "stage": "[b]"}) + "\n")
+    text = io.StringIO()
+    show(run, Console(file=text, width=200))
+    assert str(run) in text.getvalue() and "failed in [/tmp/x]" in text.getvalue() and "[b]" in text.getvalue()
+
+
+def test_show__a_store_that_cannot_be_opened_is_not_called_empty(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "config.yaml").write_text("checkpoints: ftps3://bucket/run\n")
+    text = io.StringIO()
+    show(tmp_path, Console(file=text, width=300))
+    assert "not known: checkpoints=ftps3://bucket/run cannot be opened" in text.getvalue()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -123,28 +122,6 @@ def test_run__codec_of_another_configuration_is_refused(exported_codec: Path, sc
     (folder / "config.json").write_text(json.dumps(facts))
     result = dicm("finetune", "classification", *options(folder, scenes, tmp_path / "run"))
     assert_refused(result, str(folder), "another configuration")
-
-
-class Parts(NamedTuple):
-    images: torch.Tensor | None
-    masks: torch.Tensor
-    streams: list[bytes] | None
-
-
-@pytest.mark.parametrize("most", [1, 3, 7, 8, None])
-def test_split_batch__every_image_once_and_no_part_too_large(most: int | None):
-    numbers = torch.arange(7)
-    for batch, read in [
-        (list(range(7)), lambda part: part),
-        ((numbers, numbers), lambda part: part[1].tolist()),
-        (Parts(numbers, numbers, None), lambda part: part.images.tolist()),
-        (Parts(None, numbers, [bytes([n]) for n in range(7)]), lambda part: [stream[0] for stream in part.streams]),
-    ]:
-        parts = finetune.split_batch(batch, most)
-        assert [number for part, _ in parts for number in read(part)] == list(range(7))
-        assert [len(read(part)) for part, _ in parts] == [count for _, count in parts]
-        assert all(type(part) is type(batch) for part, _ in parts)
-        assert max(count for _, count in parts) <= (most or 7)
 
 
 def test_run__micro_batches_learn_what_the_batch_does(exported_codec: Path, scenes: Path, tmp_path: Path):

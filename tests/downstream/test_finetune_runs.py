@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import dicm
 from http_store import serving
 
 from cluster.metrics import read_rows
 from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
-from downstream.errors import TaskError
+from downstream.errors import StoppedError, TaskError
 from downstream.finetune import evaluate_run, resolve, run
 from pretrain.codec.feature_codec import FeatureCodec
 
@@ -130,7 +133,7 @@ def test_run__options_that_could_not_work_do_not_bar_the_run_folder(
 
 def test_run__a_place_where_no_folder_can_be(codec_folder: Path, colours: Path, tmp_path: Path, options):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"file/x/config.yaml: cannot be written"):
+    with pytest.raises(ValueError, match=r"run=.*file/x: cannot be written"):
         run(resolve("classification", options(codec_folder, colours, tmp_path / "file" / "x")))
 
 
@@ -139,3 +142,41 @@ def test_evaluate__damaged_results_are_named(finetuned: Path, tmp_path: Path):
     (folder / "results.json").write_text("{")
     with pytest.raises(TaskError, match=r"results.json: cannot be read"):
         evaluate_run(folder)
+
+
+def test_run__damaged_checkpoints_are_an_earlier_runs_too(
+    codec_folder: Path, colours: Path, finetuned: Path, tmp_path: Path, options
+):
+    """Neither begun anew, nor taken over by a run with other options."""
+    folder = shutil.copytree(finetuned, tmp_path / "run")
+    (folder / "results.json").unlink()  # as if it had not come that far
+    for path in folder.rglob("state.pt"):
+        os.truncate(path, 1000)
+    before = {name: (folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
+    for more in ([], ["lr=0.5"], [f"checkpoints={tmp_path}/elsewhere"]):
+        with pytest.raises(ValueError, match=r"none of the \d checkpoints there can be used"):
+            run(resolve("classification", options(codec_folder, colours, folder, *more)))
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
+def test_finetune__told_to_stop_ends_well_and_the_same_command_continues(
+    codec_folder: Path, colours: Path, tmp_path: Path, options
+):
+    """As a stopped pretraining does: a scheduler must not take it for a failure, nor a sweep for results."""
+    folder = tmp_path / "[red]"  # what looks like markup is shown as it is
+
+    def stop(_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    words = options(codec_folder, colours, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cluster.metrics.StepMeter.data_arrived", stop)
+        result = dicm("finetune", "classification", *words)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"stopped with a checkpoint in {folder}; the same command continues\n"
+        with pytest.raises(StoppedError):
+            run(resolve("classification", words))
+    assert not (folder / "results.json").exists()
+    result = dicm("finetune", "classification", *words)
+    assert result.returncode == 0 and "[red]" in result.stdout
+    assert (folder / "results.json").is_file()

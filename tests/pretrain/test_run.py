@@ -9,6 +9,7 @@ import pytest
 from conftest import NARROW, REPOSITORY, SHORT, assert_refused, dicm, small_run
 
 from cluster.checkpoint import CheckpointStore
+from cluster.run_folder import held_run
 from pretrain.run import run
 
 
@@ -71,6 +72,47 @@ def test_run__disk_full_while_a_checkpoint_is_written_keeps_earlier_ones(scenes:
     assert_refused(result, str(tmp_path / "run" / "checkpoints"), "run the same command again")
     assert store.steps() == steps
     assert store.newest() == steps[-1]
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/none/run", "{tmp_path}/file/run", "{tmp_path}/file", "{tmp_path}/" + 300 * "x"]
+)
+def test_run__a_place_where_no_folder_can_be(scenes: Path, tmp_path: Path, place: str):
+    (tmp_path / "file").touch()
+    folder = place.format(tmp_path=tmp_path)
+    options = [f"data={scenes}", f"run={folder}", "launcher=local", "workers=1", *NARROW, *SHORT]
+    assert_refused(dicm("pretrain", "small", *options), f"run={folder}", "name a folder")
+
+
+def test_run__in_a_folder_where_another_driver_is_at_work(scenes: Path, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    options = [f"data={scenes}", f"run={tmp_path}", "launcher=local", "workers=1", *NARROW, *SHORT]
+    with held_run(tmp_path):
+        assert_refused(dicm("pretrain", "small", *options), f"run={tmp_path} is in use: process {os.getpid()} on ")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_run__all_checkpoints_damaged_does_not_begin_anew(scenes: Path, tmp_path: Path):
+    options = [f"data={scenes}", f"run={tmp_path}", "launcher=local", "workers=1", *NARROW, *SHORT, "knn_samples=0"]
+    options += ["only=[ssl]"]
+    assert dicm("pretrain", "small", *options).returncode == 0
+    (tmp_path / "summary.json").unlink()  # as if it had not come that far
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for path in tmp_path.rglob("state.pt"):
+        os.truncate(path, 1000)
+    assert_refused(dicm("pretrain", "small", *options), f"{tmp_path}/checkpoints: none of the", "remove the folder")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_run__stopped_before_a_checkpoint_does_not_promise_one(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The launcher returns without a step where it was told to stop while it waited for nodes."""
+    monkeypatch.setattr("cluster.runtime.run", lambda *_, **__: None)
+    options = [f"data={scenes}", f"run={tmp_path}/[b]", "launcher=local", "workers=1", *NARROW, *SHORT]
+    result = dicm("pretrain", "small", *options)
+    assert result.returncode == 0
+    assert result.stdout == f"stopped in {tmp_path}/[b] before the first checkpoint; the same command begins again\n"
 
 
 @pytest.mark.cluster

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cluster.exchange import EVENTS, UNSTARTED, Exchange
+
+
+@pytest.fixture
+def exchange(tmp_path: Path) -> Exchange:
+    folder = tmp_path / "run" / "ray" / "20260131-120000-1"
+    folder.mkdir(parents=True)
+    return Exchange(folder)
+
+
+def tell(exchange: Exchange, *events: str) -> None:
+    for number, event in enumerate(events):
+        exchange.add_event(event, reason=f"{event} {number}", step=0)
+
+
+def test_events__a_torn_line_is_left_out(exchange: Exchange):
+    tell(exchange, "start", "lost")
+    with (exchange.folder / EVENTS).open("a") as file:
+        file.write('{"event": "lost", "ti')  # as far as a full disk took it
+    assert [event["event"] for event in exchange.events()] == ["start", "lost"]
+    assert exchange.failures() == 1
+
+
+def test_ask_to_stop__reaches_workers_though_the_folder_was_removed(exchange: Exchange):
+    shutil.rmtree(exchange.folder.parent)
+    exchange.ask_to_stop()
+    assert exchange.stop_asked
+
+
+def test_ask_to_stop__where_nothing_can_be_written_is_a_warning(exchange: Exchange, caplog: pytest.LogCaptureFixture):
+    """It is called by a signal's handler: an exception would come out of whatever runs at that moment."""
+    shutil.rmtree(exchange.folder.parent)
+    exchange.folder.parent.touch()  # a file: no folder can be in it
+    exchange.ask_to_stop()
+    assert "the workers cannot be told to stop (Not a directory)" in caplog.text
+
+
+def test_interruption__is_none_of_a_first_group(exchange: Exchange):
+    tell(exchange, "start")
+    assert exchange.interruption() is None
+
+
+def test_interruption__is_what_came_first_though_a_start_failed_meanwhile(exchange: Exchange):
+    tell(exchange, "start", "drained", "start", "lost", "start", UNSTARTED, "start", UNSTARTED, "lost", "start")
+    interruption = exchange.interruption()
+    assert interruption is not None
+    assert interruption["reason"] == "lost 3"
+
+
+def test_unstarted__counts_starts_in_a_row_that_brought_up_no_group(exchange: Exchange):
+    tell(exchange, "start", UNSTARTED, "start", "lost", "start", UNSTARTED)
+    assert exchange.unstarted() == 1
+    tell(exchange, "start", UNSTARTED)
+    assert exchange.unstarted() == 2
+    tell(exchange, "start")
+    assert exchange.unstarted() == 0
