@@ -23,13 +23,12 @@ import typer
 
 from cluster.cli import app as cluster_app
 from cluster.cli import resolvers
+from cluster.errors import is_ours
 from data_pipeline.cli import app as data_app
 from downstream.cli import app as downstream_app
 from pretrain.cli import app as pretrain_app
 
 __version__ = "0.1.0"
-
-OUR_PACKAGES = {"cluster", "data_pipeline", "pretrain", "downstream"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +48,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in OUR_PACKAGES:
+        if not is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -123,7 +123,8 @@ def select_channels(run: Path, num: int, out: Path | None = None, chart: Path | 
     Raises:
         TaskError: not such a run, or more channels than the latent has.
     """
-    from downstream.finetune import load_run, open_run
+    from downstream.finetune import open_run
+    from downstream.runs import load_run
 
     out = out or run / f"channels_{num}.json"
     chart = chart or out.with_suffix(".png") if out.name else out

@@ -31,7 +31,7 @@ from cluster import runtime as launcher
 from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
 from cluster.metrics import MetricsLogger, ProgressFollower, StepMeter, log_recovery
-from cluster.recipes import config_diff, load_config, load_saved, read_recipe, save_config
+from cluster.recipes import load_config, read_recipe, save_config
 from cluster.run_folder import check_folder, held_run, how_it_stopped
 from cluster.runtime import Runtime
 from data_pipeline.shards import Manifest
@@ -40,15 +40,11 @@ from downstream.config import FinetuneConfig
 from downstream.errors import StoppedError, TaskError
 from downstream.inputs import check_inputs, inputs_of, write_inputs
 from downstream.results import RESULTS, read_results, write_results
+from downstream.runs import RECIPES, check_earlier_run, check_init, load_run, trained_weights
 from downstream.stream_cache import build_streams, prepare_folder
 from downstream.tasks import task_class
 from downstream.tasks.task import Found, average_buffers
 
-RECIPES = Path(__file__).parent / "recipes"
-FREE_KEYS = {
-    "run", "workers", "launcher", "cluster", "num_workers", "shard_cache", "shard_cache_limit", "log_every",
-    "checkpoint_every", "keep_checkpoints", "keep_every", "micro_batch",
-}  # fmt: skip
 ENCODING_LOG_SECONDS = 15.0
 FACTS = (
     "task", "codec", "data", "val_split", "input", "anchor", "rate", "classes", "probe", "image_size", "latents",
@@ -104,37 +100,6 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     if not (folder / RESULTS).is_file():
         raise StoppedError(how_it_stopped(config, folder))
     return read_results(folder)
-
-
-def check_earlier_run(config: FinetuneConfig, folder: Path, inputs: dict[str, str]) -> None:
-    """Refuse to continue a run under other options or with other inputs (TaskError with the difference).
-
-    A run that never came to a checkpoint may be begun anew with other ones: they may be what stopped it.
-
-    Raises:
-        CheckpointError: it has checkpoints, of which none can be used.
-    """
-    if not (folder / "config.yaml").is_file():
-        return
-    earlier = load_run(folder)
-    # Its checkpoints lie where its own options say. Damaged ones are an earlier run's, too.
-    if not (folder / RESULTS).is_file() and open_checkpoints(earlier, folder).newest() is None:
-        return
-    differences = [item for item in config_diff(earlier, config) if item.key.partition(".")[0] not in FREE_KEYS]
-    if differences:
-        shown = "; ".join(f"{item.key}: {item.before} there, {item.after} here" for item in differences[:3])
-        raise TaskError(f"run={folder} holds a run with other options ({shown}); use another run folder")
-    check_inputs(folder, inputs)
-
-
-def load_run(folder: Path) -> FinetuneConfig:
-    """The options of the run in `folder`, which is its `run` (TaskError where it holds none)."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise TaskError(f"{folder}: not a run folder (no config.yaml); name one that `dicm finetune` wrote")
-    config = load_saved(task_class(str(read_recipe(path, RECIPES).get("task"))).Config, path)
-    config.run = str(folder)
-    return config
 
 
 class Job(NamedTuple):
@@ -355,29 +320,6 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         tuner.logger.close()
     write_results(folder, results)
     return results
-
-
-def check_init(config: FinetuneConfig) -> None:
-    """See that `config.init` is a complete run whose network fits (TaskError)."""
-    if config.init is None:
-        return
-    earlier = load_run(Path(config.init))
-    if not (Path(config.init) / RESULTS).is_file():
-        raise TaskError(
-            f"init={config.init}: the run is not complete; finish it with `dicm finetune {earlier.task} ...`"
-        )
-    for key in ("task", "classes"):
-        if (there := getattr(earlier, key)) != (here := getattr(config, key)):
-            raise TaskError(f"init={config.init} has {key} {there}, not {here}; name a run of the same {key}")
-
-
-def trained_weights(folder: Path) -> dict[str, Any]:
-    """The network of the complete run in `folder` (TaskError where there is none)."""
-    store = open_checkpoints(load_run(folder), folder)
-    step = store.newest()
-    if step is None:
-        raise TaskError(f"{folder}: no checkpoint is left of this run; finish it with `dicm finetune`, or name another")
-    return store.load(step)["model"]
 
 
 def create_tuner(config: FinetuneConfig) -> Finetuner:

@@ -23,9 +23,9 @@ from cluster.runtime import LocalRuntime
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
 from downstream.errors import TaskError
-from downstream.finetune import load_run
 from downstream.inputs import check_inputs
 from downstream.results import RESULTS
+from downstream.runs import load_run
 from downstream.tasks import task_class
 from downstream.tasks.task import Task
 from pretrain.coding import IMAGE_SUFFIXES, STREAM_SUFFIX, targets_of, write_file

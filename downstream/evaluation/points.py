@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import MISSING
 
 from cluster.recipes import load_config
-from downstream import finetune
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import check_anchor
 from downstream.results import read_results
+from downstream.runs import load_run
 from downstream.tasks import task_class
 from downstream.tasks.semantic_segmentation import TEACHER
 from pretrain.codec.feature_codec import FeatureCodec
@@ -120,7 +120,7 @@ def points_of(config: SweepConfig) -> list[Point]:
 
 def _base(task: str, run: Path) -> Any:
     """The options of a base run."""
-    base = finetune.load_run(run)
+    base = load_run(run)
     if base.task != task:
         raise TaskError(f"runs={run} is a run of {base.task}, not of {task}")
     if base.input != "pixels" or base.anchor is not None:

@@ -41,6 +41,7 @@ from downstream.channels import select_channels
 from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import Point, SweepConfig, points_of
 from downstream.results import read_results
+from downstream.runs import load_run
 
 POINTS, COSTS, OPTIONS = "points", "costs.json", "sweep.yaml"
 TABLE = ("results.csv", "results.json")
@@ -159,7 +160,7 @@ def measure_point(config: SweepConfig, point: Point, out: Path) -> dict[str, Any
 
 def point_config(config: SweepConfig, point: Point, folder: Path) -> Any:
     """The options of a point's fine-tune: those of its base run, but for what the point names."""
-    base, adapted = finetune.load_run(Path(point.run)), point.protocol == "adapted"
+    base, adapted = load_run(Path(point.run)), point.protocol == "adapted"
     options = list(point.options)
     if point.waits_for is not None:
         count = next(option for option in options if option.startswith("num_channels=")).partition("=")[2]

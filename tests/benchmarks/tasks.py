@@ -45,6 +45,7 @@ from data_pipeline.sources.annotations import encode_mask
 from downstream import finetune
 from downstream.evaluation.segmentation import SegmentationMetric, scores
 from downstream.results import percent, read_results
+from downstream.runs import load_run
 from downstream.tasks.detection import Detection, truth_of
 from downstream.tasks.semantic_segmentation import SemanticSegmentation
 from pretrain.codec.config import CodecConfig
@@ -150,7 +151,7 @@ def beside_nothing(run: Path) -> dict[str, dict[str, Any]]:
     """Metrics of a run, of its network untrained, and of a constant prediction."""
     results = read_results(run)
     titles = results["metrics"]
-    config: Any = finetune.load_run(run)
+    config: Any = load_run(run)
     if config.task == "semantic_segmentation" and config.input == "streams":
         config.teacher = config.teacher or str(run / "teacher.pt")
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,8 +11,8 @@ from downstream import finetune
 from downstream.errors import TaskError
 from downstream.evaluation.points import points_of, resolve
 from downstream.evaluation.sweep import COLUMNS, sweep
-from downstream.finetune import load_run, trained_weights
 from downstream.results import read_results
+from downstream.runs import load_run, trained_weights
 
 
 def test_sweep__writes_a_row_for_every_codec_and_protocol(swept: Path, clean: Path):
