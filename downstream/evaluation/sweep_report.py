@@ -27,6 +27,7 @@ from downstream.evaluation.pictures import INK, axes_of, png
 from downstream.evaluation.rate_accuracy import Curve, Delta, curves_of, deltas, rate_at
 from downstream.evaluation.sweep import OPTIONS, POINTS, TABLE
 from downstream.results import percent
+from downstream.tasks import task_class
 
 COLOURS = ("#2f7ed8", "#d9822b", "#59a14f", "#c23b6b", "#9467bd", "#17a2b8", "#8c6d31", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -131,7 +132,7 @@ def curve_section(task: str, data: str, rows: list[dict[str, Any]]) -> Section:
     """Curves of every protocol, and the table behind them."""
     blocks: list[Block] = []
     curves = curves_of(rows)
-    metric = rows[0]["metric"]
+    metric = task_class(task).metrics[rows[0]["metric"]]
     seeds = len({row["seed"] for row in rows})
     for protocol in dict.fromkeys(curve.protocol for curve in curves):
         chosen = [curve for curve in curves if curve.protocol == protocol]
@@ -141,7 +142,7 @@ def curve_section(task: str, data: str, rows: list[dict[str, Any]]) -> Section:
             "same codec and are left out of BD-rates."
         )
         blocks.append(Plot(curves_figure(chosen, metric), caption, f"{task}_{data}_{protocol}"))
-    blocks.append(point_table(rows))
+    blocks.append(point_table(rows, metric))
     return Section(f"{task.replace('_', ' ').capitalize()}: {data}", blocks)
 
 
@@ -165,7 +166,7 @@ def curves_figure(curves: Sequence[Curve], metric: str) -> Any:
     return figure
 
 
-def point_table(rows: list[dict[str, Any]]) -> Table:
+def point_table(rows: list[dict[str, Any]], metric: str) -> Table:
     """Every point: rates with and without headers, accuracy, times, multiply-adds."""
     payload, whole = curves_of(rows), {(c.codec, c.protocol): c for c in curves_of(rows, "bpp")}
     lines = []
@@ -184,7 +185,7 @@ def point_table(rows: list[dict[str, Any]]) -> Table:
                 *(_mean(of_point, key, digits) for key, digits in _COSTS),
             ])  # fmt: skip
     header = [
-        "codec", "protocol", "bpp, whole files", "bpp, payload", rows[0]["metric"], "seeds", "encoding, ms",
+        "codec", "protocol", "bpp, whole files", "bpp, payload", metric, "seeds", "encoding, ms",
         "decoding and task, ms", "encoder, MAC/px", "decoder and task, MAC/px",
     ]  # fmt: skip
     return Table(header, lines)
