@@ -7,7 +7,7 @@ import pytest
 from omegaconf import MISSING
 
 from cluster.errors import RecipeError, RunError
-from cluster.recipes import config_diff, load_config, load_saved, save_config
+from cluster.recipes import change_config, config_diff, load_config, load_saved, save_config
 
 
 @dataclass
@@ -116,6 +116,8 @@ def test_load_config__no_recipe_gives_the_defaults(folder: Path):
         ("seed=3", lambda c: c.seed == 3),
         ("compile=true", lambda c: c.compile is True),
         ("depths=[2,3]", lambda c: c.depths == [2, 3]),
+        ("depths=2,3", lambda c: c.depths == [2, 3]),
+        ("stages.ssl.trains=backbone,redundancy", lambda c: c.stages[0].trains == ["backbone", "redundancy"]),
         ("groups=[16, 32]", lambda c: c.groups == [16, 32]),
         ("groups=null", lambda c: c.groups is None),
         ("init=codec/v1", lambda c: c.init == "codec/v1"),
@@ -138,6 +140,15 @@ def test_load_config__no_recipe_gives_the_defaults(folder: Path):
 )
 def test_load_config__overrides(folder: Path, override: str, read):
     assert read(load(folder, override))
+
+
+def test_change_config__leaves_the_first_as_it_was_and_checks_keys(folder: Path):
+    config = load(folder, "seed=3")
+    changed = change_config(config, ["ssl.queue=8", "depths=1,1"])
+    assert (changed.seed, changed.ssl.queue, changed.depths) == (3, 8, [1, 1])
+    assert config.ssl.queue != 8
+    with pytest.raises(RecipeError, match=r"did you mean ssl\.queue"):
+        change_config(config, ["ssl.queu=1"])
 
 
 def test_load_config__the_later_override_wins(folder: Path):

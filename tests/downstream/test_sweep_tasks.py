@@ -1,0 +1,74 @@
+"""Sweeps of the other tasks: gates with a teacher, detectors that go on with a base run's network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_codecs import create_codec
+from small_objects import NARROW_DETECTOR, SMALL_CROPS
+
+from data_pipeline.scenes import write_scenes
+from downstream import finetune
+from downstream.errors import TaskError
+from downstream.evaluation.points import points_of, resolve
+from downstream.evaluation.sweep import sweep
+from downstream.evaluation.sweep_report import sweep_sections
+from downstream.runs import load_run
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codecs") / "narrow"
+    create_codec().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    write_scenes(folder, train=8, val=2, size=64, seed=0)
+    return folder
+
+
+def base_run(recipe: str, codec: Path, data: Path, run: Path, *options: str) -> Path:
+    given = [f"codec={codec}", f"data={data}", f"run={run}", "launcher=local", "precision=fp32", "epochs=1",
+             "batch_size=4", "input=pixels", *options]  # fmt: skip
+    finetune.run(finetune.resolve(recipe, given))
+    return run
+
+
+def test_sweep__of_gates_trains_students_of_the_base_run(codec: Path, data: Path, tmp_path: Path):
+    clean = base_run("semantic_segmentation", codec, data, tmp_path / "clean", "gate=none", *SMALL_CROPS)
+    out = tmp_path / "sweep"
+    config = resolve("semantic_segmentation", [f"runs={clean}", f"out={out}", "gates=static:4,variance:4", "epochs=1",
+                                               "anchors=jpeg:5"])  # fmt: skip
+    rows = {(row["codec"], row["protocol"]): row for row in sweep(config)}
+    assert set(rows) == {
+        ("jpeg", "frozen"), ("jpeg", "adapted"), ("dicm dynamic", "adapted"), ("dicm static 4", "adapted"),
+        ("dicm variance 4", "adapted"),
+    }  # fmt: skip
+    assert rows["dicm static 4", "adapted"]["bpp_payload"] < rows["dicm dynamic", "adapted"]["bpp_payload"]
+    student = load_run(out / "points" / "clean" / "dicm_static_4-adapted")
+    assert (student.teacher, student.init) == (str(clean / "teacher.pt"), None)  # type: ignore[attr-defined]
+    assert len(student.chosen) == 4  # type: ignore[attr-defined]
+    titles = [section.title for section in sweep_sections([out], "jpeg") if section.blocks]
+    assert "Which channels gates choose" in titles and "Semantic segmentation: scenes" in titles
+
+
+@pytest.mark.parametrize("task", ["detection", "instance_segmentation"])
+def test_sweep__of_a_detector_goes_on_with_the_base_run(task: str, codec: Path, data: Path, tmp_path: Path):
+    clean = base_run(task, codec, data, tmp_path / "clean", *NARROW_DETECTOR)
+    rows = sweep(resolve(task, [f"runs={clean}", f"out={tmp_path / 'sweep'}", "epochs=1", "anchors=hevc:45"]))
+    assert {(row["codec"], row["protocol"]) for row in rows} == {
+        (name, protocol) for name in ("dicm", "hevc") for protocol in ("frozen", "adapted")
+    }
+    assert all(row["decode_macs"] > 0 and row["value"] is not None for row in rows)
+
+
+def test_points_of__a_codec_of_one_rate_has_no_rates(codec: Path, data: Path, tmp_path: Path):
+    clean = base_run("detection", codec, data, tmp_path / "clean", *NARROW_DETECTOR)
+    with pytest.raises(TaskError, match=r"rates=\[0.5\]: the codec .* has one rate"):
+        points_of(resolve("detection", [f"runs={clean}", "rates=0.5"]))
+    with pytest.raises(TaskError, match="is a run of detection, not of classification"):
+        points_of(resolve("classification", [f"runs={clean}"]))
