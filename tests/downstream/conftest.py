@@ -114,3 +114,13 @@ def swept(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sweep(resolve("classification", [f"runs={clean}", f"out={out}", "anchors=jpeg:5,hevc:45@0.5", "epochs=1",
                                      "options=lr=0.01", "parallel=2"]))  # fmt: skip
     return out
+
+
+@pytest.fixture(scope="session")
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A codec whose random weights fill many symbols."""
+    from small_codecs import create_codec
+
+    folder = tmp_path_factory.mktemp("codecs") / "narrow"
+    create_codec().save_pretrained(folder)
+    return folder

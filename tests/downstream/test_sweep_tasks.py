@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_codecs import create_codec
 from small_objects import NARROW_DETECTOR, SMALL_CROPS
 
 from data_pipeline.scenes import write_scenes
@@ -15,13 +14,6 @@ from downstream.evaluation.points import points_of, resolve
 from downstream.evaluation.sweep import sweep
 from downstream.evaluation.sweep_report import sweep_sections
 from downstream.runs import load_run
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("codecs") / "narrow"
-    create_codec().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import pytest
 import torch
 from conftest import assert_refused, dicm
 from PIL import Image
-from small_codecs import create_codec
 from small_objects import NARROW_DETECTOR, rectangles, write_eight_scenes, write_objects
 
 from cluster.metrics import read_rows
@@ -25,13 +24,6 @@ from downstream.errors import TaskError
 
 FAST = ["launcher=local", "precision=fp32", "epochs=1", "batch_size=4", "log_every=1", *NARROW_DETECTOR]
 OBJECT_TASKS = ("detection", "instance_segmentation")
-
-
-@pytest.fixture(scope="module")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("codecs") / "narrow"
-    create_codec().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

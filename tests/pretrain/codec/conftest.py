@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_codecs import create_codec, with_options
 
+from pretrain.codec.entropy import CoderTables, LatentEntropy, solve_quantiles
 from pretrain.codec.feature_codec import FeatureCodec
 
 
@@ -39,3 +40,12 @@ def rated(codec: FeatureCodec) -> FeatureCodec:
 @pytest.fixture(scope="module")
 def checkered(codec: FeatureCodec) -> FeatureCodec:
     return with_options(codec, context="checkerboard", context_depth=2, base_channels=0, rate_points=2)
+
+
+@pytest.fixture(scope="module")
+def tables() -> CoderTables:
+    """Of four channels of z, and of y2."""
+    torch.manual_seed(0)
+    entropy = LatentEntropy(4)
+    solve_quantiles(entropy.z)
+    return CoderTables.build(entropy)

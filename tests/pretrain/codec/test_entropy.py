@@ -9,7 +9,6 @@ from compressai.entropy_models import EntropyBottleneck
 from pretrain.codec.entropy import (
     MAX_TAIL,
     CoderTable,
-    CoderTables,
     LatentEntropy,
     bottleneck_likelihood,
     bottleneck_round,
@@ -29,14 +28,6 @@ def random_prior(channels: int = 8, seed: int = 0, spread: float = 1.0) -> Entro
         for parameter in prior.parameters():
             parameter.add_(torch.randn_like(parameter) * spread)
     return prior
-
-
-@pytest.fixture(scope="module")
-def tables() -> CoderTables:
-    torch.manual_seed(0)
-    entropy = LatentEntropy(4)
-    solve_quantiles(entropy.z)
-    return CoderTables.build(entropy)
 
 
 def test_scale_indexes__is_the_nearest_table():

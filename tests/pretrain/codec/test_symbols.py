@@ -8,19 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.codec.entropy import CoderTables, LatentEntropy, scale_indexes, solve_quantiles
+from pretrain.codec.entropy import CoderTables, LatentEntropy, scale_indexes
 from pretrain.codec.symbols import SHORT_SYMBOLS, SymbolDecoder, encode_symbols, state_bits
 from pretrain.errors import BitstreamError
 
 LONG = SHORT_SYMBOLS + 1
-
-
-@pytest.fixture(scope="module")
-def tables() -> CoderTables:
-    torch.manual_seed(0)
-    entropy = LatentEntropy(4)
-    solve_quantiles(entropy.z)
-    return CoderTables.build(entropy)
 
 
 @settings(max_examples=60, deadline=None)
