@@ -113,7 +113,8 @@ def show(run: Path, console: Console, *, every: float | None = None) -> None:
         return status_table(read_rows(run / METRICS), title=str(run), checkpoint=newest_checkpoint(run))
 
     if every is None or not console.is_terminal:
-        console.print(draw())
+        drawn = draw()
+        console.print(drawn, soft_wrap=isinstance(drawn, Text))  # a line stays whole, in files and pipes too
     else:
         _draw_until_interrupted(draw, console, every)
 

@@ -46,7 +46,8 @@ class SweepConfig:
 
     def validate(self) -> None:
         """Refuse what cannot work, before any work starts (TaskError)."""
-        task_class(self.task)
+        if not task_class(self.task).metrics:
+            raise TaskError(f"task={self.task} has no accuracy to measure; sweep one of the vision tasks")
         if not self.runs:
             raise TaskError("runs is empty; name complete runs of `dicm finetune ... input=pixels`: runs=a,b")
         for protocol in self.protocols:

@@ -9,7 +9,7 @@ import torch
 from small_objects import NARROW_DETECTOR, SMALL_CROPS
 
 from downstream import finetune
-from downstream.tasks import TASKS
+from downstream.tasks import TASKS, task_class
 from pretrain.codec.feature_codec import FeatureCodec
 
 OPTIONS = {
@@ -18,6 +18,10 @@ OPTIONS = {
     "instance_segmentation": ["instance_segmentation_small", *NARROW_DETECTOR, "gate=dynamic"],
     "semantic_segmentation": ["semantic_segmentation_small", *SMALL_CROPS],
 }
+
+
+def test_options__are_those_of_every_task_that_reads_a_codec():
+    assert {name for name in TASKS if task_class(name).metrics} == set(OPTIONS)
 
 
 def state_of(codec: FeatureCodec, image: torch.Tensor) -> dict[str, object]:
@@ -33,7 +37,7 @@ def state_of(codec: FeatureCodec, image: torch.Tensor) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", OPTIONS)
 def test_finetune__weights_statistics_tables_and_streams_of_the_codec_stay(
     task: str, exported_codec: Path, scenes: Path, tmp_path: Path
 ):

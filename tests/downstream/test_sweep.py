@@ -65,6 +65,7 @@ def test_points_of__a_base_run_must_be_on_clean_pixels(finetuned: Path):
     ("options", "message"),
     [
         (["runs=[]"], "runs is empty"),
+        (["runs=a", "task=anchor"], "task=anchor has no accuracy"),
         (["runs=a", "anchors=jpeg"], "anchors=jpeg has no quality"),
         (["runs=a", "anchors=gif", "qualities=3"], "anchor=gif:3 is unknown"),
         (["runs=a", "protocols=thawed"], "protocols=thawed"),
