@@ -43,8 +43,6 @@ SEPARABLE = (FactorizedPrior, FactorizedPriorReLU, ScaleHyperprior, MeanScaleHyp
 # Those that CompressAI implements but has no weights for: they are trained here, or elsewhere.
 UNTRAINED = ("cheng2020-anchor-checkerboard", "elic2022-official", "elic2022-chandelier")
 MODELS = (*image_models, *UNTRAINED)
-
-
 # Weights of 255^2 * MSE that the zoo's models were trained with, by quality (CompressAI, "Training").
 LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
 

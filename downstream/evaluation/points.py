@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from cluster.recipes import load_config
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import check_anchor
+from downstream.latent_config import LatentConfig
 from downstream.results import read_results
 from downstream.runs import load_run
 from downstream.tasks import task_class
@@ -63,6 +64,8 @@ class SweepConfig:
                 raise TaskError(f"rates={rate:g} is impossible; rates lie in 0..1")
         for text in self.gates:
             gate_options(text)
+        if self.gates and not issubclass(task_class(self.task).Config, LatentConfig):
+            raise TaskError(f"gates={self.gates} with task={self.task}: it reads no latents; leave them out")
         if not self.specs() and not self.streams:
             raise TaskError("streams=false without anchors leaves nothing to measure; name anchors=jpeg:10,jpeg:30")
 
@@ -96,7 +99,12 @@ class Point:
     @property
     def name(self) -> str:
         """Of its folder, in that of its base run."""
-        return "-".join([self.codec.replace(" ", "_"), *([self.quality] if self.quality else []), self.protocol])
+        return point_name(self.codec, self.quality, self.protocol)
+
+
+def point_name(codec: str, quality: str, protocol: str) -> str:
+    """Of a point's folder, by the columns of its row."""
+    return "-".join([codec.replace(" ", "_"), *([quality] if quality else []), protocol])
 
 
 def resolve(task: str, overrides: list[str]) -> SweepConfig:
@@ -116,6 +124,11 @@ def points_of(config: SweepConfig) -> list[Point]:
             point for point in (*_anchor_points(config, run), *_own_points(config, run, base))
             if point.protocol in config.protocols
         ]  # fmt: skip
+    if not points:
+        raise TaskError(
+            f"protocols={','.join(config.protocols)} leaves no point; gated latents have no head in common with "
+            "others, use protocols=adapted or name anchors"
+        )
     return points
 
 
@@ -156,7 +169,8 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     gates = config.gates or (["dynamic"] if config.task == "semantic_segmentation" else [])
     if any(text.startswith("static") for text in gates) and "dynamic" not in gates:
         gates = ["dynamic", *gates]  # whose choices a static gate takes over
-    teacher = f"teacher={Path(run) / TEACHER}"
+    # Of detectors behind a gate the codec's own stem and layer1 are the teacher.
+    teacher = [f"teacher={Path(run) / TEACHER}"] if config.task == "semantic_segmentation" else []
     for rate in rates:
         named = [f"codec={codec}"] if codec is not None else []
         rated = ["input=streams", *named, f"rate={'null' if rate is None else f'{rate:g}'}"]
@@ -165,7 +179,7 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
             for protocol in PROTOCOLS:
                 yield Point(run, config.label, quality, protocol, tuple(rated))
         for text in gates:
-            options = (*rated, *gate_options(text), teacher)
+            options = (*rated, *gate_options(text), *teacher)
             made = Point(run, f"{config.label} {text.replace(':', ' ')}", quality, "adapted", options)
             if text.startswith("static"):
                 made = replace(made, waits_for=replace(made, codec=f"{config.label} dynamic").name)

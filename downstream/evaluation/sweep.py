@@ -168,7 +168,7 @@ def point_config(config: SweepConfig, point: Point, folder: Path) -> Any:
         options = [option for option in options if not option.startswith("num_channels=")] + [f"channels={chosen}"]
     own: dict[str, Any] = {
         "run": str(folder), "launcher": "local", "workers": 1, "epochs": config.epochs if adapted else 0,
-        "init": None if any(option.startswith("teacher=") for option in options) else point.run,
+        "init": None if any(option.startswith("gate=") for option in options) else point.run,
     }  # fmt: skip
     further = [*config.options, *(config.anchor_options if "input=pixels" in options else [])]
     return change_config(replace(base, **own), [*options, *(further if adapted else [])])

@@ -24,6 +24,7 @@ from downstream import finetune
 from downstream.errors import TaskError
 from downstream.evaluation.document import Block, Picture, Plot, Section, Table, Text, Tiles
 from downstream.evaluation.pictures import INK, axes_of, png
+from downstream.evaluation.points import point_name
 from downstream.evaluation.rate_accuracy import Curve, Delta, curves_of, deltas, rate_at
 from downstream.evaluation.sweep import OPTIONS, POINTS, TABLE
 from downstream.results import percent
@@ -49,12 +50,10 @@ def read_sweep(folder: Path) -> list[dict[str, Any]]:
         rows = list(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise TaskError(f"{path}: cannot be read ({error}); finish the sweep with `dicm evaluate`") from error
-    return [{**row, "folder": str(folder / POINTS / row["run"] / point_name(row))} for row in rows]
-
-
-def point_name(row: dict[str, Any]) -> str:
-    """The name of the folder of a row's fine-tune."""
-    return "-".join([row["codec"].replace(" ", "_"), *([row["quality"]] if row["quality"] else []), row["protocol"]])
+    return [
+        {**row, "folder": str(folder / POINTS / row["run"] / point_name(row["codec"], row["quality"], row["protocol"]))}
+        for row in rows
+    ]
 
 
 def sweep_sections(folders: Sequence[Path], against: str, ablations: Sequence[str] = ()) -> list[Section]:

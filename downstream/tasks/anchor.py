@@ -38,6 +38,7 @@ from pretrain.codec.feature_codec import FeatureCodec
 
 EVALUATION_BATCH, EVALUATION_IMAGES = 16, 64
 REMEDY = "build it with `dicm data build imagefolder SRC OUT --val-fraction 0.1`"
+NO_TASK = "an anchor is a codec of pixels and predicts nothing; use it with `dicm evaluate ... anchors=NAME:QUALITY`"
 
 
 @dataclass
@@ -81,7 +82,7 @@ class AnchorConfig(FinetuneConfig):
 
 
 class Anchor(Task[AnchorConfig, CanvasBatch]):
-    """An image model's training; `predict` shows what it decodes."""
+    """An image model's training; it sees nothing in images, so there is nothing to predict."""
 
     Config = AnchorConfig
     metrics: ClassVar[dict[str, str]] = {}
@@ -174,32 +175,19 @@ class Anchor(Task[AnchorConfig, CanvasBatch]):
         ]
 
     def view(self, number: int, view: int) -> tuple[Tensor, dict[str, Any]]:
-        """There is nothing to cache."""
         raise TaskError("an anchor is trained on pixels; cache=bitstreams has nothing to encode")
 
-    def stream_of(self, image: Tensor) -> bytes:
-        return create_latents(_updated(self.model), self.device).encode(image.to(self.device))
+    def predict(self, received: Any, height: int, width: int) -> dict[str, Any]:
+        raise TaskError(NO_TASK)
 
     def receive_image(self, image: Tensor) -> tuple[Any, int]:
-        stream = self.stream_of(image)
-        return self.receive_stream(stream)[0], len(stream)
+        raise TaskError(NO_TASK)
 
     def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
-        """The decoded image (1, 3, H, W) in 0..1."""
-        info = bitstream.describe(stream)
-        return create_latents(_updated(self.model), self.device).decode_image(stream), info.height, info.width
-
-    def picture(self, received: Any, height: int, width: int) -> Tensor:
-        return received[0].mul(255).round().to(torch.uint8).cpu()
-
-    def predict(self, received: Any, height: int, width: int) -> dict[str, Any]:
-        """The decoded image says nothing in words."""
-        self._decoded = self.picture(received, height, width)
-        return {}
+        raise TaskError(NO_TASK)
 
     def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
-        """What was decoded."""
-        return self._decoded
+        raise TaskError(NO_TASK)
 
 
 def weights_path(run: Path) -> Path:

@@ -73,10 +73,6 @@ class LatentTask(Task[C, B]):
             return super().stream_of(image)
         return self.source.encode(image.to(self.device), self.front.gate.choice)
 
-    def receive_image(self, image: Tensor) -> tuple[Any, int]:
-        received, size, _ = self.through_stream(image)
-        return received, size
-
     def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
         if self.front is None:
             return super().receive_stream(stream)

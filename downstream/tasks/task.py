@@ -206,8 +206,8 @@ class Task(ABC, Generic[C, B]):
 
     def receive_image(self, image: Tensor) -> tuple[Any, int]:
         """What `predict` takes, of an image (3, H, W) uint8 by way of a real stream, and the stream's bytes."""
-        features, sizes, _ = self.source.through_streams(image[None])
-        return features, int(sizes[0])
+        stream = self.stream_of(image)
+        return self.receive_stream(stream)[0], len(stream)
 
     def receive_stream(self, stream: bytes) -> tuple[Any, int, int]:
         """What `predict` takes, of a stream, and height and width of its image (CodecError)."""

@@ -71,6 +71,7 @@ def test_points_of__a_base_run_must_be_on_clean_pixels(finetuned: Path):
         (["runs=a", "protocols=thawed"], "protocols=thawed"),
         (["runs=a", "rates=2"], "rates=2"),
         (["runs=a", "gates=static"], "gates=static"),
+        (["runs=a", "gates=dynamic"], "reads no latents"),
         (["runs=a", "streams=false"], "nothing to measure"),
         (["runs=a", "parallel=0"], "parallel=0"),
     ],

@@ -58,9 +58,19 @@ def test_sweep__of_a_detector_goes_on_with_the_base_run(task: str, codec: Path, 
     assert all(row["decode_macs"] > 0 and row["value"] is not None for row in rows)
 
 
+def test_sweep__of_a_detector_behind_a_gate_trains_it_from_the_codec_s_features(
+    codec: Path, data: Path, tmp_path: Path
+):
+    clean = base_run("detection", codec, data, tmp_path / "clean", *NARROW_DETECTOR)
+    (row,) = sweep(resolve("detection", [f"runs={clean}", f"out={tmp_path / 'sweep'}", "epochs=1", "gates=dynamic"]))
+    assert (row["codec"], row["protocol"]) == ("dicm dynamic", "adapted") and row["decode_macs"] > 0
+
+
 def test_points_of__a_codec_of_one_rate_has_no_rates(codec: Path, data: Path, tmp_path: Path):
     clean = base_run("detection", codec, data, tmp_path / "clean", *NARROW_DETECTOR)
     with pytest.raises(TaskError, match=r"rates=\[0.5\]: the codec .* has one rate"):
         points_of(resolve("detection", [f"runs={clean}", "rates=0.5"]))
+    with pytest.raises(TaskError, match="protocols=frozen leaves no point"):
+        points_of(resolve("detection", [f"runs={clean}", "gates=dynamic", "protocols=frozen"]))
     with pytest.raises(TaskError, match="is a run of detection, not of classification"):
         points_of(resolve("classification", [f"runs={clean}"]))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from cluster.metrics import read_rows
@@ -12,6 +13,7 @@ from downstream import finetune
 from downstream.cli import app
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import create_anchor
+from downstream.predict import predict_files
 from downstream.results import read_results
 
 
@@ -45,6 +47,13 @@ def test_train__quantiles_fit_the_priors_without_an_optimizer_of_their_own(train
     with torch.no_grad():
         middle = torch.sigmoid(bottleneck._logits_cumulative(bottleneck.quantiles[:, :, 1:2], stop_gradient=True))
     assert torch.allclose(middle, torch.full_like(middle, 0.5), atol=5e-3)
+
+
+def test_predict__of_an_anchor_is_refused(trained: Path, tmp_path: Path):
+    image = tmp_path / "red.png"
+    Image.new("RGB", (64, 64), "red").save(image)
+    with pytest.raises(TaskError, match="predicts nothing"):
+        predict_files("anchor", trained, [image], tmp_path / "out")
 
 
 @pytest.mark.parametrize(
