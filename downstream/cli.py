@@ -191,7 +191,7 @@ def _print_sweep(out: str, rows: list[dict[str, Any]], against: str) -> None:
     from downstream.evaluation.rate_accuracy import curves_of, deltas
     from downstream.results import percent
 
-    shown = Table("codec", "protocol", "quality", "bpp, payload", rows[0]["metric"], "seeds", title=out)
+    shown = Table("codec", "protocol", "quality", "bpp, payload", rows[0]["metric"], "seeds")
     for curve in curves_of(rows):
         for point in curve.points:
             spread = f" ± {100 * point.accuracy_spread:.1f}" if point.num_seeds > 1 else ""
@@ -214,7 +214,8 @@ def _print(run: str, results: dict[str, Any]) -> None:
     from downstream.results import table
 
     source = results["anchor"] or ("clean pixels" if results["input"] == "pixels" else "codec streams")
-    shown = Table(results["task"], source, title=run, title_justify="left")
+    console.print(run, soft_wrap=True)  # above the table: as its title a long path would be broken into lines
+    shown = Table(results["task"], source)
     for title, value in table(results).items():
         shown.add_row(title, value)
     console.print(shown)

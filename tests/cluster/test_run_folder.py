@@ -54,7 +54,8 @@ def test_held_run__a_second_driver_is_refused_and_told_by_whom(tmp_path: Path):
 
 @pytest.mark.parametrize("forks", [False, True], ids=["alone", "with a child that lives on"])
 def test_held_run__of_a_killed_driver_goes_on_at_once(tmp_path: Path, forks: bool):
-    child = "    import os, time\n    pid = os.fork()\n    print(pid or 0, flush=True)\n    time.sleep(600)\n"
+    # One write a line: with an unbuffered stdout `print` makes two, and those of parent and child may mix.
+    child = "    import os, time\n    pid = os.fork()\n    os.write(1, b'%d\\n' % pid)\n    time.sleep(600)\n"
     process = driver(tmp_path, child if forks else "    print(0, flush=True); sys.stdin.read()\n")
     assert process.stdout is not None
     children = [int(process.stdout.readline()) for _ in range(2 if forks else 1)]

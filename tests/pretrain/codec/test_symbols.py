@@ -53,7 +53,10 @@ def test_likelihoods__are_what_the_coder_takes(tables: CoderTables, seed: int, c
     torch.manual_seed(seed)
     symbols, indexes = torch.randint(-size, size + 1, (count,)).int(), torch.randint(0, 64, (count,)).int()
     bits = -float(tables.y2.likelihoods(symbols, indexes).log2().sum()) + state_bits(count)
-    assert abs(len(encode_symbols([(tables.y2, symbols, indexes)])) - bits / 8) <= 1 + 1e-4 * bits / 8
+    more = len(encode_symbols([(tables.y2, symbols, indexes)])) - bits / 8
+    # Above: what rounding up to bytes costs. Below: zero bytes at the end of a short payload are not written, and one
+    # more of them than expected is luck of one in 256.
+    assert -4 - 1e-4 * bits / 8 <= more <= 1 + 1e-4 * bits / 8
 
 
 def test_encode_symbols__what_was_expected_takes_no_byte(tables: CoderTables):
