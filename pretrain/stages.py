@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from compressai.entropy_models import EntropyBottleneck
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +23,7 @@ from pretrain.config import PretrainConfig, StageConfig
 from pretrain.objectives import CompressionObjective, ContrastObjective, RedundancyObjective, compression_modules
 from pretrain.ssl.methods import Method
 
+PRIOR_LR = 10.0
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -58,7 +61,7 @@ class Stage:
         self.objective: nn.Module = objective
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
         # Before DDP: OSS moves parameters into flat buffers, and DDP must see the strides that they keep.
-        self.optimizer = create_optimizer(stage, self.parameters, config.shard_optimizer and self.distributed)
+        self.optimizer = create_optimizer(stage, objective, config.shard_optimizer and self.distributed)
         if self.distributed:
             if self.contrastive:
                 names = [f"method.{name}" for name in method.replicated_buffers]
@@ -126,14 +129,24 @@ def trained_modules(stage: StageConfig, codec: FeatureCodec) -> Iterator[nn.Modu
         yield from compression_modules(codec)
 
 
-def create_optimizer(stage: StageConfig, parameters: list[nn.Parameter], shard: bool) -> torch.optim.Optimizer:
-    """The stage's optimizer; biases, norms and scales of one dimension are not decayed.
+def create_optimizer(stage: StageConfig, objective: nn.Module, shard: bool) -> torch.optim.Optimizer:
+    """The stage's optimizer over what learns in `objective`.
+
+    Biases, norms and scales of one dimension are not decayed. Under Adam factorized priors learn `PRIOR_LR` times as
+    fast as networks, and are not decayed: they begin wide, and until they have narrowed every latent that says
+    nothing costs bits in every image.
 
     `shard` keeps each rank's share of the state only (fairscale OSS; ZeRO stage 1, Rajbhandari et al. 2020).
     """
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    models = [module for module in objective.modules() if isinstance(module, EntropyBottleneck)]
+    priors = {parameter for model in models for parameter in model.parameters()}
+    networks = [parameter for parameter in trained if parameter not in priors]
+    prior_lr = stage.lr * (1 if stage.optimizer == "sgd" else PRIOR_LR)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in networks if p.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [p for p in networks if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p in priors], "weight_decay": 0.0, "lr": prior_lr},
     ]
     groups = [group for group in groups if group["params"]]
     options = {"lr": stage.lr, "weight_decay": stage.weight_decay}

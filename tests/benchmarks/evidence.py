@@ -6,7 +6,8 @@
 ROOT holds data sets in the official layouts: tiny_imagenet20, clothing (ImageFolder), camvid_as_cityscapes, raccoon_voc;
 those that are there are used, and scenes are drawn besides. For each: build shards, pretrain a codec without labels and
 export it, fine-tune the task on clean pixels, sweep codecs and rates from there (`dicm evaluate`), with the first seed;
-then ablations of the codec; then further seeds. Every step is a command that can be typed, is passed over when its
+then ablations of the codec; then further seeds. The first data set's codec is pretrained from nothing; those of the
+others begin with it, and only their codec stage runs on their own images. Every step is a command that can be typed, is passed over when its
 result is there, and goes on where it was stopped: at the end of the budget the one that runs gets SIGTERM and saves.
 The report tells what there is, `report.html` and `markdown/`.
 
@@ -158,7 +159,7 @@ def plan(studies: list[Study], arguments: argparse.Namespace) -> Iterator[Step]:
     """All steps, the most telling first."""
     for study in studies:
         yield data_step(study, arguments)
-        yield from codec_steps(study, arguments, "whole", [], 0)
+        yield from codec_steps(study, arguments, "whole", first_codec(studies, study, arguments, 0), 0)
         yield sweep_step(study, arguments, "whole", "dicm", 0)
     if not arguments.no_ablations:
         for study in studies:
@@ -174,8 +175,16 @@ def plan(studies: list[Study], arguments: argparse.Namespace) -> Iterator[Step]:
             yield sweep_step(study, arguments, "whole", "dicm", 0, others=True)
     for seed in range(1, arguments.seeds):
         for study in studies:
-            yield from codec_steps(study, arguments, "whole", [], seed)
+            yield from codec_steps(study, arguments, "whole", first_codec(studies, study, arguments, seed), seed)
             yield sweep_step(study, arguments, "whole", "dicm", seed)
+
+
+def first_codec(studies: list[Study], study: Study, arguments: argparse.Namespace, seed: int) -> list[str]:
+    """Options with which a later study's pretraining begins with the first one's codec."""
+    if study is studies[0]:
+        return []
+    codec = place_of(studies[0], arguments, "whole", seed) / "codec"
+    return [f"init={codec}", "init_parts=[backbone,compression]", "only=[codec]"]
 
 
 def shards_of(study: Study, arguments: argparse.Namespace) -> Path:
