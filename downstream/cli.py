@@ -200,11 +200,9 @@ def _print_sweep(out: str, rows: list[dict[str, Any]], against: str) -> None:
                 str(point.num_seeds),
             )  # fmt: skip
     console.print(shown)
-    gains = Table(f"against {against}", "protocol", "BD-rate", "BD-accuracy", "warnings")
+    gains = Table(f"against {against}", "protocol", "BD-rate", "BD-accuracy, points", "warnings")
     for curve, gain in deltas(curves_of(rows), against):
-        accuracy = "-" if gain.accuracy is None else f"{100 * gain.accuracy:+.1f} points"
-        rate = "-" if gain.rate is None else f"{100 * gain.rate:+.1f} %"
-        gains.add_row(curve.codec, curve.protocol, rate, accuracy, "; ".join(gain.warnings))
+        gains.add_row(curve.codec, curve.protocol, gain.rate_text, gain.accuracy_text, "; ".join(gain.warnings))
     if gains.row_count:
         console.print(gains)
     console.print(f"wrote {out}/results.csv and results.json", soft_wrap=True)

@@ -69,6 +69,16 @@ class Delta:
     accuracy: float | None
     warnings: tuple[str, ...] = field(default=())
 
+    @property
+    def rate_text(self) -> str:
+        """In per cent, with its sign; a dash for none."""
+        return "-" if self.rate is None else f"{100 * self.rate:+.1f} %"
+
+    @property
+    def accuracy_text(self) -> str:
+        """In points, with its sign; a dash for none."""
+        return "-" if self.accuracy is None else f"{100 * self.accuracy:+.1f}"
+
 
 def curves_of(rows: Iterable[dict[str, Any]], rate: str = "bpp_payload") -> list[Curve]:
     """Curves of a sweep's rows, all of one task and data set; a gate's number of channels is a curve of its own.

@@ -100,8 +100,8 @@ def bd_sections(
 def _delta_tables(found: dict[str, dict[str, Delta]], titles: list[str], what: str) -> list[Block]:
     rate_rows, accuracy_rows, notes = [], [], dict[str, None]()
     for codec, gains in found.items():
-        rate_rows.append([codec, *(_rate(gains.get(title)) for title in titles)])
-        accuracy_rows.append([codec, *(_accuracy(gains.get(title)) for title in titles)])
+        rate_rows.append([codec, *(gains[title].rate_text if title in gains else "-" for title in titles)])
+        accuracy_rows.append([codec, *(gains[title].accuracy_text if title in gains else "-" for title in titles)])
         for title, gain in gains.items():
             notes.update(dict.fromkeys(f"{codec} on {title}: {warning}" for warning in gain.warnings))
     return [
@@ -120,7 +120,7 @@ def ablation_section(columns: dict[str, list[Curve]], ablations: Sequence[str]) 
             whole = next((curve.codec for curve in curves if curve.codec.startswith("dicm")), None)
             pairs = deltas([curve for curve in curves if curve.codec in (whole, name)], whole or "")
             gains = [gain for curve, gain in pairs if curve.codec == name and curve.protocol == "adapted"]
-            cells.append(_rate(gains[0] if gains else None))
+            cells.append(gains[0].rate_text if gains else "-")
             notes += [f"{name} on {title}: {warning}" for gain in gains for warning in gain.warnings]
         rows.append([name, *cells])
     table = Table(["BD-rate against the whole codec", *columns], rows)
@@ -262,11 +262,3 @@ def savings_at(ours: Curve, theirs: Curve) -> tuple[float, float] | None:
     if rates[0] is None or rates[1] is None:
         return None
     return accuracy, 1 - rates[0] / rates[1]
-
-
-def _rate(gain: Delta | None) -> str:
-    return "-" if gain is None or gain.rate is None else f"{100 * gain.rate:+.1f} %"
-
-
-def _accuracy(gain: Delta | None) -> str:
-    return "-" if gain is None or gain.accuracy is None else f"{100 * gain.accuracy:+.1f}"
