@@ -2,8 +2,8 @@
 
 In: folders of `dicm evaluate TASK`. Several of one task and data set are put together: codecs, seeds and ablations may
 have been swept apart. Tables have the shape of the papers': BD-rate and BD-accuracy of every codec on every data set
-(DICM, Tables I and II), bits, accuracy and time of gates (Liu, Fig. 5, Tables 1 and 3), transforms' multiply-adds
-(Liu, Table 2).
+(DICM, Tables I and II), bits, accuracy, time and multiply-adds of gates, and what they save against each other and
+against pixels (Liu, Fig. 5, Tables 1 to 3).
 
 Sources: DICM (Tang, Yi, Wang 2025); Liu, Sun, Katto 2022.
 """
@@ -27,6 +27,7 @@ from downstream.evaluation.pictures import INK, axes_of, png
 from downstream.evaluation.points import point_name
 from downstream.evaluation.rate_accuracy import Curve, Delta, curves_of, deltas, rate_at
 from downstream.evaluation.sweep import OPTIONS, POINTS, TABLE
+from downstream.latent_config import LatentConfig
 from downstream.results import percent
 from downstream.tasks import task_class
 
@@ -142,6 +143,8 @@ def curve_section(task: str, data: str, rows: list[dict[str, Any]]) -> Section:
         )
         blocks.append(Plot(curves_figure(chosen, metric), caption, f"{task}_{data}_{protocol}"))
     blocks.append(point_table(rows, metric))
+    if issubclass(task_class(task).Config, LatentConfig):
+        blocks.append(savings_table([curve for curve in curves if curve.protocol == "adapted"]))
     return Section(f"{task.replace('_', ' ').capitalize()}: {data}", blocks)
 
 
@@ -252,6 +255,20 @@ def choice_section(folders: Sequence[Path]) -> Section:
     return Section(
         "Which channels gates choose",
         [Picture(path.read_bytes(), f"{path.parent.name}: {path.stem}.", path.stem) for path in charts],
+    )
+
+
+def savings_table(curves: Sequence[Curve]) -> Table:
+    """What each curve saves against each other one: the claims made of gates, which have few points for a BD-rate."""
+    lines = []
+    for ours in curves:
+        cells = []
+        for theirs in curves:
+            saved = None if theirs is ours else savings_at(ours, theirs)
+            cells.append("-" if saved is None else f"{100 * saved[1]:.1f} % (at {100 * saved[0]:.1f} %)")
+        lines.append([ours.codec, *cells])
+    return Table(
+        ["bits saved, at the best accuracy that both reach, against", *(curve.codec for curve in curves)], lines
     )
 
 

@@ -11,10 +11,8 @@ never coded with tables of other weights.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +39,7 @@ from pretrain.codec.entropy import (
 )
 from pretrain.codec.gains import LOG_SPREAD, RateGains, fit
 from pretrain.codec.hyperprior import HyperAnalysis, HyperSynthesis
+from pretrain.codec.identity import hash_of, stamp_of, weights_hash
 from pretrain.codec.redundancy import RedundancyElimination
 from pretrain.codec.tiles import MARGIN, check_tile, in_tiles
 from pretrain.codec.transforms import AnalysisTransform, SynthesisTransform
@@ -48,10 +47,6 @@ from pretrain.errors import CodecError
 
 LATENT_STRIDE = 16
 PRECISIONS = ("fp32", "bf16")
-# Options that came later, at the values that codecs had before: they leave the fingerprints of those as they were.
-LATER = {"redundancy": True, "hyperprior": "vit"}
-# Layers of the backbone that read f3; no symbol and no feature of a stream depends on them.
-TAIL = ("backbone.layer2.", "backbone.layer3.", "backbone.layer4.")
 ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
 
 
@@ -176,7 +171,7 @@ class FeatureCodec(nn.Module):
         """
         for model in self._factorized():
             solve_quantiles(model)
-        self._prior_stamp, self._coder_stamp = _stamp(self._priors()), None
+        self._prior_stamp, self._coder_stamp = stamp_of(self._priors()), None
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         """Compile the networks (`torch.compile`), in place: passes, encoding and decoding then run the compiled ones.
@@ -391,11 +386,11 @@ class FeatureCodec(nn.Module):
         """In eval mode, where values are rounded about medians, solve those of priors that have changed."""
         if self.training or torch.compiler.is_compiling():
             return
-        stamp = _stamp(self._priors())
+        stamp = stamp_of(self._priors())
         if stamp is None or stamp != self._prior_stamp:
             for model in self._factorized():
                 solve_quantiles(model)
-            self._prior_stamp = _stamp(self._priors())
+            self._prior_stamp = stamp_of(self._priors())
 
     def _ready(self) -> StreamCoder:
         """The coder for the current weights; made anew where any of them has changed since."""
@@ -417,39 +412,16 @@ class FeatureCodec(nn.Module):
             self.config, self.entropy, self.h_s, self.context, gains, tables, self._fingerprint(tables)
         )
         self._coder_weights = self._weights_hash()
-        self._coder_stamp, self._prior_stamp = self._stamp(), _stamp(self._priors())
+        self._coder_stamp, self._prior_stamp = self._stamp(), stamp_of(self._priors())
 
     def _stamp(self) -> tuple[int, ...] | None:
-        return _stamp((*self.parameters(), *self.buffers()))
+        return stamp_of((*self.parameters(), *self.buffers()))
 
     def _weights_hash(self) -> bytes:
-        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(TAIL)}
-        options = {**asdict(self.config), "pretrained": False}
-        for name, value in LATER.items():
-            if options[name] == value:
-                del options[name]
-        return _hash(options, weights)
+        return weights_hash(self.config, self.state_dict())
 
     def _fingerprint(self, tables: CoderTables) -> bytes:
-        return _hash({"weights": self._weights_hash().hex()}, tables.tensors())[:8]
-
-
-def _hash(facts: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.digest()
-
-
-def _stamp(tensors: Iterable[Tensor]) -> tuple[int, ...] | None:
-    """Where tensors lie and how often each was written to; None where inference mode kept no count."""
-    stamp: list[int] = []
-    for tensor in tensors:
-        if tensor.is_inference():
-            return None
-        stamp += (tensor.data_ptr(), tensor._version)
-    return tuple(stamp)
+        return hash_of({"weights": self._weights_hash().hex()}, tables.tensors())[:8]
 
 
 def _check_images(images: Tensor) -> None:

@@ -16,7 +16,7 @@ from downstream.evaluation.points import resolve
 from downstream.evaluation.rate_accuracy import Curve, RatePoint
 from downstream.evaluation.report import document_of
 from downstream.evaluation.sweep import sweep
-from downstream.evaluation.sweep_report import ablation_section, at_equal_rate, bd_sections, savings_at
+from downstream.evaluation.sweep_report import ablation_section, at_equal_rate, bd_sections, savings_at, savings_table
 
 RATES = {"hevc": 0.4, "dicm": 0.1, "without RE": 0.2}
 
@@ -53,6 +53,13 @@ def test_savings_at__the_best_accuracy_that_both_reach():
     ours = Curve("a", "adapted", (RatePoint("0", 0.1, 0.4), RatePoint("1", 0.2, 0.6)))
     theirs = Curve("b", "adapted", (RatePoint("0", 0.2, 0.3), RatePoint("1", 0.8, 0.5), RatePoint("2", 0.9, 0.6)))
     assert savings_at(ours, theirs) == (0.6, pytest.approx(1 - 0.2 / 0.9))
+
+
+def test_savings_table__each_against_each():
+    ours = Curve("a", "adapted", (RatePoint("0", 0.1, 0.4), RatePoint("1", 0.2, 0.6)))
+    theirs = Curve("b", "adapted", (RatePoint("0", 0.4, 0.6),))
+    rows = savings_table([ours, theirs]).rows
+    assert [list(row) for row in rows] == [["a", "-", "50.0 % (at 60.0 %)"], ["b", "-100.0 % (at 60.0 %)", "-"]]
 
 
 def test_at_equal_rate__takes_the_row_of_each_codec_nearest_to_a_rate_that_all_reach(tmp_path: Path):
