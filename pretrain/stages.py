@@ -19,11 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.runtime import Runtime
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.gains import RateGains
 from pretrain.config import PretrainConfig, StageConfig
 from pretrain.objectives import CompressionObjective, ContrastObjective, RedundancyObjective, compression_modules
 from pretrain.ssl.methods import Method
 
-PRIOR_LR = 10.0
+FAST = 10.0
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -132,21 +133,21 @@ def trained_modules(stage: StageConfig, codec: FeatureCodec) -> Iterator[nn.Modu
 def create_optimizer(stage: StageConfig, objective: nn.Module, shard: bool) -> torch.optim.Optimizer:
     """The stage's optimizer over what learns in `objective`.
 
-    Biases, norms and scales of one dimension are not decayed. Under Adam factorized priors learn `PRIOR_LR` times as
-    fast as networks, and are not decayed: they begin wide, and until they have narrowed every latent that says
-    nothing costs bits in every image.
+    Biases, norms and scales of one dimension are not decayed. Under Adam, whose steps have a size of their own,
+    factorized priors and gains learn `FAST` times as fast as networks, and are not decayed. Priors begin wide, and
+    until they have narrowed every latent that says nothing costs bits in every image; gains have factors to go.
 
     `shard` keeps each rank's share of the state only (fairscale OSS; ZeRO stage 1, Rajbhandari et al. 2020).
     """
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    models = [module for module in objective.modules() if isinstance(module, EntropyBottleneck)]
-    priors = {parameter for model in models for parameter in model.parameters()}
-    networks = [parameter for parameter in trained if parameter not in priors]
-    prior_lr = stage.lr * (1 if stage.optimizer == "sgd" else PRIOR_LR)
+    modules = [module for module in objective.modules() if isinstance(module, EntropyBottleneck | RateGains)]
+    fast = {parameter for module in modules for parameter in module.parameters()}
+    networks = [parameter for parameter in trained if parameter not in fast]
+    fast_lr = stage.lr * (1 if stage.optimizer == "sgd" else FAST)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in networks if p.ndim > 1], "weight_decay": stage.weight_decay},
         {"params": [p for p in networks if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": [p for p in trained if p in priors], "weight_decay": 0.0, "lr": prior_lr},
+        {"params": [p for p in trained if p in fast], "weight_decay": 0.0, "lr": fast_lr},
     ]
     groups = [group for group in groups if group["params"]]
     options = {"lr": stage.lr, "weight_decay": stage.weight_decay}

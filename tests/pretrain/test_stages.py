@@ -5,18 +5,20 @@ import torch
 from compressai.entropy_models import EntropyBottleneck
 from torch import nn
 
+from pretrain.codec.gains import RateGains
 from pretrain.config import StageConfig
-from pretrain.stages import PRIOR_LR, create_optimizer
+from pretrain.stages import FAST, create_optimizer
 
 
 class Objective(nn.Module):
-    """A network, a norm, a part that is frozen, and a factorized prior."""
+    """A network, a norm, a part that is frozen, a factorized prior, and gains."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
         self.frozen = nn.Conv2d(3, 4, 1).requires_grad_(False)
         self.prior = EntropyBottleneck(4)
+        self.gains = RateGains(3, 4)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -24,10 +26,11 @@ def test_create_optimizer__every_trained_parameter_once_at_its_rate(optimizer: s
     objective = Objective()
     stage = StageConfig(name="codec", trains=["compression"], epochs=1, optimizer=optimizer, lr=1e-3, weight_decay=0.1)
     groups = create_optimizer(stage, objective, shard=False).param_groups
-    assert [len(group["params"]) for group in groups] == [1, 3, len(list(objective.prior.parameters()))]
-    assert {id(each) for each in groups[2]["params"]} == {id(each) for each in objective.prior.parameters()}
+    fast = [*objective.prior.parameters(), *objective.gains.parameters()]
+    assert [len(group["params"]) for group in groups] == [1, 3, len(fast)]
+    assert {id(each) for each in groups[2]["params"]} == {id(each) for each in fast}
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0]
-    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-3 if optimizer == "sgd" else PRIOR_LR * 1e-3]
+    assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-3 if optimizer == "sgd" else FAST * 1e-3]
 
 
 def test_create_optimizer__a_latent_that_says_nothing_is_soon_cheap():
