@@ -40,6 +40,13 @@ def create_codec(config: PretrainConfig) -> FeatureCodec:
     return codec
 
 
+def begins_compression(config: PretrainConfig, index: int) -> bool:
+    """Whether stage `index` is to begin with a KLT: the first one to train a compression network that starts fresh."""
+    trains = ["compression" in stage.trains for stage in config.stages[: index + 1]]
+    given = config.init is not None and "compression" in config.init_parts
+    return config.stages[index].klt and trains[index] and not any(trains[:index]) and not given
+
+
 def _part(name: str) -> str:
     """The part of the codec that an option, or a child module, belongs to."""
     if name == "backbone":

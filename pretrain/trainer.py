@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,10 +37,11 @@ from data_pipeline.cache import ShardCache
 from data_pipeline.loader import CanvasBatch, train_loader
 from data_pipeline.shards import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.config import PretrainConfig
+from pretrain.codec.klt import begin_as_klt, num_images
+from pretrain.config import PretrainConfig, StageConfig
 from pretrain.evaluation import measure_knn, write_summary
 from pretrain.guided_views import GuidedViews, autocast
-from pretrain.initialize import checkpoint_activations, create_codec
+from pretrain.initialize import begins_compression, checkpoint_activations, create_codec
 from pretrain.objectives import Losses
 from pretrain.ssl.encoder import Encoder
 from pretrain.ssl.methods import create_method
@@ -47,6 +49,7 @@ from pretrain.ssl.pictures import guidance_picture
 from pretrain.stages import Stage, set_trained_parts, total_steps
 
 CHECKPOINT_VERSION = 1
+KLT_BATCH = 64
 
 
 @dataclass
@@ -223,6 +226,9 @@ class Trainer:
             progress.stage, progress.stage_step, progress.stage_samples = index, 0, 0
             progress.rate_weight = options.rate
             self.codec.update()  # a frozen RE rounds around the medians of its trained prior
+            if begins_compression(self.config, index):
+                self.codec.eval()
+                begin_as_klt(self.codec, self._first_features(options))
         stage = Stage(options, self.config, self.codec, self.method, self.runtime, self.dataset_size)
         if self.optimizer_state is not None:
             stage.optimizer.load_state_dict(self.optimizer_state)
@@ -230,6 +236,26 @@ class Trainer:
         self.meter.restart()
         self.stage = stage
         return stage
+
+    def _first_features(self, options: StageConfig) -> Iterator[Tensor]:
+        """f2 of random crops, as many as a KLT needs or as there are images; the same on every rank of any world."""
+        config, size = self.config, options.image_size or self.config.image_size
+        self.generator.manual_seed(config.seed)
+        batch_size = min(KLT_BATCH, self.dataset_size)
+        loader = train_loader(
+            config.data,
+            config.split,
+            canvas_size=config.canvas_size,
+            batch_size=batch_size,
+            seed=config.seed,
+            shuffle_shards=config.shuffle_shards,
+            num_lanes=config.num_lanes,
+            cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
+            quarantine=self.run,
+        )
+        for batch in itertools.islice(loader, math.ceil(min(num_images(size), self.dataset_size) / batch_size)):
+            views = self.views.natural(batch.canvas.to(self.device), batch.aspect.to(self.device), size)
+            yield self.codec.eliminate(self.codec.backbone.head(views))[0]
 
     def _save(self, stage: Stage) -> None:
         """Hand the state over to be written while training goes on."""

@@ -59,9 +59,10 @@ class RecursiveGatedConv(nn.Module):
 
     def __init__(self, channels: int, order: int, kernel: int = 7, global_local: bool = False):
         super().__init__()
-        if channels % 2 ** (order - 1):
+        multiple = 2 ** (order if global_local else order - 1)  # half of them go through each of two filters
+        if channels % multiple:
             raise ConfigError(
-                f"codec.rgc_orders holds {order}, but {channels} channels are no multiple of {2 ** (order - 1)}; "
+                f"codec.rgc_orders holds {order}, but {channels} channels are no multiple of {multiple}; "
                 "lower the order"
             )
         self.dims = [channels // 2**i for i in reversed(range(order))]

@@ -1,9 +1,10 @@
 """The compression network's transforms: g_a, f2 (H/4) -> y2 (H/16), and its mirror g_s, y2_hat -> f3.
 
-      f2 -> RGC(2) -> 5x5 /2 -> LeakyReLU -> RGC(3) -> 3x3 -> RGC(4, global-local) -> 5x5 /2 -> y2
-      C1                128                             192                            192
+      f2 -> RGC(2) -> 5x5 /2 -> PReLU -> RGC(3) -> 3x3 -> RGC(4, global-local) -> 5x5 /2 -> y2
+      C1                128                         192                            192
 
-Source: DICM (Tang, Yi, Wang 2025), Fig. 3; names as in Ballé et al. 2018.
+Source: DICM (Tang, Yi, Wang 2025), Fig. 3; names as in Ballé et al. 2018. The paper's LeakyReLU has a learnt slope
+here, that starts at one: training begins with linear transforms (klt.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _block(channels: int, order: int, kernel: int, global_local: bool = False) -
     """
     if order:
         return RGCBlock(channels, order, kernel, global_local)
-    return nn.LeakyReLU() if global_local else nn.Identity()
+    return nn.PReLU(channels, init=1.0) if global_local else nn.Identity()
 
 
 class AnalysisTransform(nn.Sequential):
@@ -33,12 +34,17 @@ class AnalysisTransform(nn.Sequential):
         super().__init__(
             _block(channels, shallow, kernel),
             nn.Conv2d(channels, width, 5, stride=2, padding=2),
-            nn.LeakyReLU(inplace=True),
+            nn.PReLU(width, init=1.0),
             _block(width, middle, kernel),
             nn.Conv2d(width, latent, 3, padding=1),
             _block(latent, deep, kernel, global_local=True),
             nn.Conv2d(latent, latent, 5, stride=2, padding=2),
         )
+
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d]:
+        """Those between the blocks, in order."""
+        return self[1], self[4], self[6]  # type: ignore[return-value]
 
 
 class SynthesisTransform(nn.Sequential):
@@ -52,7 +58,12 @@ class SynthesisTransform(nn.Sequential):
             _block(latent, deep, kernel, global_local=True),
             nn.Conv2d(latent, width, 3, padding=1),
             _block(width, middle, kernel),
-            nn.LeakyReLU(inplace=True),
+            nn.PReLU(width, init=1.0),
             nn.ConvTranspose2d(width, channels, 5, stride=2, padding=2, output_padding=1),
             _block(channels, shallow, kernel),
         )
+
+    @property
+    def convolutions(self) -> tuple[nn.ConvTranspose2d, nn.Conv2d, nn.ConvTranspose2d]:
+        """Those between the blocks, in order."""
+        return self[0], self[2], self[5]  # type: ignore[return-value]

@@ -49,6 +49,7 @@ OTHERS = "jpeg:5,jpeg:20,webp:0,webp:20,avif:10,avif:30"
 ABLATIONS: dict[str, list[str]] = {
     "without gated convolutions": ["codec.rgc_orders=[0,0,0]"],
     "without ViT hyperprior": ["codec.hyperprior=conv"],
+    "without the KLT to begin with": ["stages.codec.klt=false"],
     "fidelity at f3 alone": ["stages.codec.distortion=1", "stages.codec.features=[0,0,0]"],
     "with redundancy elimination": ["codec.redundancy=true"],
     "without guidance": ["ssl.heatmap.method=none"],

@@ -8,7 +8,7 @@ import torch
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError, ConfigError
-from pretrain.initialize import create_codec
+from pretrain.initialize import begins_compression, create_codec
 from pretrain.run import resolve
 
 
@@ -44,3 +44,15 @@ def test_create_codec__a_part_that_is_taken_may_not(exported_codec: Path):
 def test_init_parts__unknown_name(exported_codec: Path):
     with pytest.raises(ConfigError, match="init_parts=head is unknown; use one of backbone, redundancy, compression"):
         small_config(exported_codec, "init_parts=[head]")
+
+
+def test_begins_compression__only_where_it_is_first_trained_and_fresh(tmp_path: Path):
+    def begins(*options: str) -> list[bool]:
+        config = resolve("small", ["data=none", *options])
+        return [begins_compression(config, index) for index in range(len(config.stages))]
+
+    assert begins() == [False, False, False, True]
+    assert begins("stages.codec.klt=false") == [False] * 4
+    assert begins("stages.redundancy.trains=[compression]") == [False, True, False, False]
+    assert begins(f"init={tmp_path}") == [False] * 4
+    assert begins(f"init={tmp_path}", "init_parts=[backbone]") == [False, False, False, True]

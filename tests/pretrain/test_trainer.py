@@ -187,3 +187,17 @@ def test_run__data_at_a_url_changes_no_loss_and_passes_over_a_bad_image(scenes: 
     assert len(rows) == len(folder)
     named = [json.loads(line) for line in (tmp_path / "bad" / "quarantine.jsonl").read_text().splitlines()]
     assert {line["index"] for line in named} == {5}
+
+
+def test_run__compression_begins_as_a_klt_at_any_number_of_workers(scenes: Path, tmp_path: Path):
+    def first_distortion(name: str, *options: str) -> float:
+        folder = run(
+            small_run(scenes, tmp_path / name, "only=[codec]", "codec.redundancy=false", "knn_samples=0", *options)
+        )
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return float(rows[0]["distortion"])
+
+    random = first_distortion("random", "stages.codec.klt=false")
+    alone = first_distortion("alone")
+    assert alone < 0.3 * random
+    assert first_distortion("two", "workers=2") == pytest.approx(alone, rel=0.1)

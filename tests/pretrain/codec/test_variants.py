@@ -10,9 +10,10 @@ import pytest
 import torch
 from small_codecs import NARROW
 
-from pretrain.codec.feature_codec import LATER, FeatureCodec
+from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.gated_conv import RGCBlock
 from pretrain.codec.hyperprior import WindowedAttention
+from pretrain.codec.identity import LATER
 from pretrain.codec.redundancy import RedundancyElimination
 
 WITHOUT = {
