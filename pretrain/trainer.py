@@ -48,7 +48,7 @@ from pretrain.ssl.methods import create_method
 from pretrain.ssl.pictures import guidance_picture
 from pretrain.stages import Stage, set_trained_parts, total_steps
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 KLT_BATCH = 64
 
 
