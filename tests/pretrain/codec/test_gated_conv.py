@@ -81,9 +81,11 @@ def test_recursive_gated_conv__sees_everything_through_the_filter():
     assert reach(conv, 3 * torch.randn(1, 32, 15, 13)).float().mean() > 0.95
 
 
-def test_recursive_gated_conv__refuses_channels_that_do_not_halve():
+@pytest.mark.parametrize(("order", "global_local"), [(5, False), (4, True)])
+def test_recursive_gated_conv__refuses_channels_that_do_not_halve(order: int, global_local: bool):
+    RecursiveGatedConv(24, order - 1, global_local=global_local)
     with pytest.raises(ConfigError, match=r"codec\.rgc_orders.*24 channels.*16"):
-        RecursiveGatedConv(24, 5)
+        RecursiveGatedConv(24, order, global_local=global_local)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
