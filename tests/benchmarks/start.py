@@ -1,0 +1,73 @@
+"""What the Karhunen-Loeve transform to begin with, and a context model, are worth in a short training.
+
+Trains the stage `codec` of recipe `evidence` three times from the backbone of one exported codec, in the same number of
+steps: transforms of random weights, transforms that begin as the KLT of the features, and the same with a checkerboard
+context model. Prints at each trained rate real bits per pixel and the objective's distortion on the validation split,
+and the BD-rate against random weights at equal distortion.
+
+    python tests/benchmarks/start.py --data data/tiny --init codec --out runs/start [--epochs 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from variants import measure
+
+from downstream.evaluation.rate_accuracy import Curve, RatePoint, deltas
+from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.export import export
+from pretrain.run import resolve, run
+
+RANDOM = "random weights"
+STARTS = {
+    RANDOM: ["stages.codec.klt=false"],
+    "KLT": [],
+    "KLT, context": ["codec.context=checkerboard", "codec.context_depth=2"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="data set with labels, a train and a val split")
+    parser.add_argument("--init", type=Path, required=True, help="exported codec")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; those in it are gone on with")
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+
+    figures: dict[str, list[dict[str, float]]] = {}
+    for name, options in STARTS.items():
+        folder = arguments.out / name.replace(", ", "_").replace(" ", "_")
+        fixed = [f"data={arguments.data}", f"init={arguments.init}", f"run={folder}", "launcher=local", "workers=1"]
+        stage = ["init_parts=[backbone]", "only=[codec]", f"stages.codec.epochs={arguments.epochs:g}"]
+        config = resolve("evidence", [*fixed, *stage, *options])
+        run(config)
+        codec, weights = FeatureCodec.from_pretrained(export(folder, folder / "codec")), config.stages[-1].rates
+        figures[name] = [
+            {"rate": rate, **measure(config, codec, weight, rate)}
+            for rate, weight in ((place / (len(weights) - 1), weight) for place, weight in enumerate(weights))
+        ]
+
+    table = Table("start", "rate", "bpp", "distortion", "kNN")
+    for name, rows in figures.items():
+        for row in rows:
+            cells = (f"{row['rate']:g}", f"{row['bpp']:.4f}", f"{row['distortion']:.4f}", f"{100 * row['knn']:.1f} %")
+            table.add_row(name, *cells)
+    Console(width=110).print(table)
+    curves = [
+        Curve(name, "", tuple(RatePoint(f"{row['rate']:g}", row["bpp"], -row["distortion"]) for row in rows))
+        for name, rows in figures.items()
+    ]
+    for curve, gain in deltas(curves, RANDOM):
+        print(f"{curve.codec}: {gain.rate_text} of the bits of {RANDOM} at equal distortion {' '.join(gain.warnings)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
