@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import SCHEMA_VERSION, Manifest, Split
 from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import SCHEMA_VERSION, Manifest, ShardWriter, Split, refuse_existing
+from data_pipeline.shards import ShardWriter, refuse_existing
 from data_pipeline.sources import Job, Listing, Rejected, Sample, UnusableError
 from data_pipeline.sources.layouts import list_source
 from data_pipeline.unfinished import Step, UnfinishedBuild

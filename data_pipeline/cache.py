@@ -34,7 +34,7 @@ from data_pipeline.addresses import join
 from data_pipeline.errors import DataError
 
 if TYPE_CHECKING:
-    from data_pipeline.shards import Shard
+    from data_pipeline.manifest import Shard
     from data_pipeline.storage import Retries
 
 GIB = 2**30

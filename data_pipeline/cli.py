@@ -143,7 +143,7 @@ def inspect(
 
     Example: dicm data inspect data/scenes --sheet sheet.png
     """
-    from data_pipeline.shards import Manifest
+    from data_pipeline.manifest import Manifest
 
     manifest = Manifest.load(root)
 
@@ -172,7 +172,7 @@ def verify(root: Annotated[str, typer.Argument(help="Folder or URL (s3://, https
     Example: dicm data verify data/scenes
     """
     from data_pipeline.errors import DataError
-    from data_pipeline.shards import Manifest
+    from data_pipeline.manifest import Manifest
 
     manifest = Manifest.load(root)
     total = sum(split.num_samples for split in manifest.splits.values())

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
-from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, ShardReader
+from data_pipeline.manifest import Manifest
+from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
 from data_pipeline.sources.annotations import decode_mask
 
 COLOURS = (

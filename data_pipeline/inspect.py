@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import Manifest, Shard, ShardReader, Split
+from data_pipeline.shards import ShardReader
 
 SIDES = (32, 64, 128, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)  # pixels, upper ends of the size histogram
 IGNORE = 255

@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_canvas
 from data_pipeline.errors import DataError, SampleError
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher, local_share
 from data_pipeline.quarantine import BadSample, Quarantine
-from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, ShardReader
+from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
 
 MOST_IN_A_ROW = 10  # bad samples that follow each other in a lane
 

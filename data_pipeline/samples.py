@@ -27,10 +27,11 @@ from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError, SampleError
 from data_pipeline.loader import MOST_IN_A_ROW, one_thread
+from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.parallel import ordered_map
 from data_pipeline.quarantine import BadSample, Quarantine
-from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, Shard, ShardReader, Split
+from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
 
 IN_ONE_PROCESS = 500  # samples that are surveyed faster than processes start
 MIN_SIDE = 16  # pixels; no stream is made of a smaller image

@@ -20,6 +20,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, Split
 from data_pipeline.parallel import ordered_map
 from data_pipeline.rendering import (
     CLASSES,
@@ -31,7 +32,7 @@ from data_pipeline.rendering import (
     draw_relief,
     paint,
 )
-from data_pipeline.shards import Manifest, ShardWriter, Split, new_dataset
+from data_pipeline.shards import ShardWriter, new_dataset
 from data_pipeline.sources import Sample
 
 SUPERSAMPLING = 2

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from data_pipeline.inspect import IGNORE, SIDES, SplitFacts
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 
 SHOWN_CLASSES = 30
 NAME, BAR, NARROW_BAR = 20, 24, 12  # characters

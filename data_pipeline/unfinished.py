@@ -25,8 +25,9 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Shard
 from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import Shard, refuse_existing
+from data_pipeline.shards import refuse_existing
 from data_pipeline.sources import Rejected
 
 PLAN, STEPS, LOCK, DATASET = "plan.json", "steps.jsonl", "lock", "dataset"

@@ -17,8 +17,9 @@ from data_pipeline.addresses import is_remote, join, local_folder
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import IMAGE_EXTENSIONS, Manifest, Shard, ShardReader, Split
+from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
 from data_pipeline.sources.annotations import OutlineError, check_mask
 from data_pipeline.sources.reading import MASK_MODES
 

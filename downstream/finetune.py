@@ -34,7 +34,7 @@ from cluster.metrics import MetricsLogger, ProgressFollower, StepMeter, log_reco
 from cluster.recipes import load_config, read_recipe, save_config
 from cluster.run_folder import check_folder, held_run, how_it_stopped
 from cluster.runtime import Runtime
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from downstream.batches import split_batch
 from downstream.config import FinetuneConfig
 from downstream.errors import StoppedError, TaskError

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from cluster.files import write_whole
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from pretrain.codec.feature_codec import FeatureCodec

@@ -24,9 +24,10 @@ import numpy as np
 from cluster.files import write_whole
 from data_pipeline.errors import DataError, SampleError
 from data_pipeline.loader import MOST_IN_A_ROW
+from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.samples import SampleDataset
-from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split
+from data_pipeline.shards import ShardReader, ShardWriter
 from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
 from downstream.latent_config import LatentConfig

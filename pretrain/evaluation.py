@@ -17,7 +17,7 @@ from cluster.files import write_whole
 from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
 from data_pipeline.loader import eval_loader
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.views import center_images, normalize
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig, StageConfig

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
 from cluster.recipes import load_saved
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError

@@ -12,7 +12,7 @@ from cluster.metrics import ProgressFollower
 from cluster.recipes import config_diff, load_config, load_saved, save_config
 from cluster.run_folder import check_folder, held_run
 from data_pipeline.errors import DataError
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from pretrain.config import PretrainConfig
 from pretrain.errors import ConfigError
 from pretrain.stages import total_steps

@@ -34,8 +34,8 @@ from cluster.errors import CheckpointError
 from cluster.metrics import MetricsLogger, StepMeter, log_recovery
 from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
-from data_pipeline.loader import CanvasBatch, train_loader
-from data_pipeline.shards import Manifest
+from data_pipeline.loader import CanvasBatch, CanvasLoader, train_loader
+from data_pipeline.manifest import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.klt import begin_as_klt, num_images
 from pretrain.config import PretrainConfig, StageConfig
@@ -128,23 +128,30 @@ class Trainer:
 
     def _batches(self, stage: Stage) -> Any:
         """This rank's batches until the stage has seen all its samples."""
-        config, progress = self.config, self.progress
-        loader = train_loader(
+        loader = self._loader(
+            stage.config.batch_size,
+            rank=self.runtime.rank,
+            world=self.runtime.world,
+            num_workers=self.config.num_workers,
+            samples_seen=self.progress.samples_seen,
+        )
+        return itertools.takewhile(lambda _: self.progress.stage_samples < stage.num_samples, loader)
+
+    def _loader(self, batch_size: int, **share: int) -> CanvasLoader:
+        """Batches of the run's data in its order: whole ones from the beginning, or what `share` says."""
+        config = self.config
+        return train_loader(
             config.data,
             config.split,
             canvas_size=config.canvas_size,
-            batch_size=stage.config.batch_size,
-            rank=self.runtime.rank,
-            world=self.runtime.world,
-            num_workers=config.num_workers,
+            batch_size=batch_size,
             seed=config.seed,
-            samples_seen=progress.samples_seen,
             shuffle_shards=config.shuffle_shards,
             num_lanes=config.num_lanes,
             cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
             quarantine=self.run,
+            **share,
         )
-        return itertools.takewhile(lambda _: progress.stage_samples < stage.num_samples, loader)
 
     def _train_step(self, stage: Stage, batch: CanvasBatch) -> None:
         config, progress = self.config, self.progress
@@ -239,21 +246,11 @@ class Trainer:
 
     def _first_features(self, options: StageConfig) -> Iterator[Tensor]:
         """f2 of random crops, as many as a KLT needs or as there are images; the same on every rank of any world."""
-        config, size = self.config, options.image_size or self.config.image_size
-        self.generator.manual_seed(config.seed)
+        size = options.image_size or self.config.image_size
+        self.generator.manual_seed(self.config.seed)
         batch_size = min(KLT_BATCH, self.dataset_size)
-        loader = train_loader(
-            config.data,
-            config.split,
-            canvas_size=config.canvas_size,
-            batch_size=batch_size,
-            seed=config.seed,
-            shuffle_shards=config.shuffle_shards,
-            num_lanes=config.num_lanes,
-            cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
-            quarantine=self.run,
-        )
-        for batch in itertools.islice(loader, math.ceil(min(num_images(size), self.dataset_size) / batch_size)):
+        num_batches = math.ceil(min(num_images(size), self.dataset_size) / batch_size)
+        for batch in itertools.islice(self._loader(batch_size), num_batches):
             views = self.views.natural(batch.canvas.to(self.device), batch.aspect.to(self.device), size)
             yield self.codec.eliminate(self.codec.backbone.head(views))[0]
 

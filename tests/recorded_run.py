@@ -20,8 +20,8 @@ import torch
 from conftest import NARROW
 
 from cluster.runtime import Runtime, run
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import SampleOrder
-from data_pipeline.shards import Manifest
 from pretrain.config import PretrainConfig
 from pretrain.run import check_data, check_earlier_run, resolve
 from pretrain.trainer import Trainer

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.manifest import Manifest, Split
+from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.annotations import encode_mask
 
 NAMES = ("red", "green", "blue")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cluster.files import write_whole
 from data_pipeline.loader import CanvasBatch, eval_loader, train_loader
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
 from downstream.compressai_latents import LAMBDAS, MODELS, create_latents, most_quality, new_model
 from downstream.config import FinetuneConfig, need_batches, need_splits

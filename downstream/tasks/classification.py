@@ -15,8 +15,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from data_pipeline.loader import CanvasBatch, CanvasDataset, CanvasLoader, collate, eval_loader, train_loader
+from data_pipeline.manifest import Manifest
 from data_pipeline.samples import facts_of, seeded, training_loader
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.shards import ShardReader
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_png
 
+from data_pipeline.manifest import Manifest
 from data_pipeline.objects import (
     ObjectDataset,
     Objects,
@@ -36,7 +37,6 @@ from data_pipeline.samples import (
     to_tensor,
     training_loader,
 )
-from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_objects

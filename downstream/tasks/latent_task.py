@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from downstream.channels import most_varied
 from downstream.gate import StaticGate
 from downstream.latent_config import LatentConfig

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from cluster.files import write_whole
+from data_pipeline.manifest import Manifest
 from data_pipeline.masks import IGNORE, MaskDataset, TrainingCrops, survey_masks
 from data_pipeline.samples import once, training_loader
-from data_pipeline.shards import Manifest
 from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.views import normalize
 from downstream.errors import TaskError

@@ -40,13 +40,12 @@ def begin_as_klt(codec: FeatureCodec, f2: Iterable[Tensor]) -> None:
     Args:
         f2: batches (N, C1, h, w) of the features that will be coded, h and w multiples of 4. They are kept.
     """
-    features = [each.float() for each in f2]
+    features = torch.cat([each.float() for each in f2])
     down, widen, out = codec.g_a.convolutions
     up, narrow, last = codec.g_s.convolutions
-    first = Components.of([_blocks(each) for each in features], down.out_channels)
+    first = Components.of(_blocks(features), down.out_channels)
     passed = min(widen.in_channels, widen.out_channels)
-    inner = [first.project(each)[:, :passed] for each in features]
-    second = Components.of([_blocks(each) for each in inner], out.out_channels)
+    second = Components.of(_blocks(first.project(features)[:, :passed]), out.out_channels)
     greatest = second.deviations[0]
     step = torch.where(greatest > 0, greatest, 1.0) / STEPS
 
@@ -62,8 +61,8 @@ def begin_as_klt(codec: FeatureCodec, f2: Iterable[Tensor]) -> None:
     assert head.bias is not None
     means, scales = head.bias.chunk(2)
     means.zero_()
-    scales.fill_(0).add_(codec.entropy.y2.lower_bound_scale.bound)
-    scales[: len(second.deviations)] = (second.deviations / step).maximum(scales[: len(second.deviations)])
+    scales.fill_(float(codec.entropy.y2.lower_bound_scale.bound))
+    scales[: len(second.deviations)].clamp_(min=second.deviations / step)
 
 
 class Components:
@@ -79,16 +78,12 @@ class Components:
         self.vectors, self.mean, self.deviations = vectors, mean, deviations
 
     @classmethod
-    def of(cls, blocks: list[Tensor], count: int) -> Components:
+    def of(cls, blocks: Tensor, count: int) -> Components:
         """Of blocks (M, C, 2, 2), as many as there are up to `count`."""
-        shape, total = blocks[0].shape[1:], sum(len(each) for each in blocks)
-        rows = [each.flatten(1).double() for each in blocks]
-        mean = torch.stack([each.sum(0) for each in rows]).sum(0) / total
-        covariance = torch.stack([(each - mean).T @ (each - mean) for each in rows]).sum(0) / total
-        values, vectors = torch.linalg.eigh(covariance)  # rising
-        chosen = vectors.flip(1)[:, :count].T
-        deviations = values.flip(0)[:count].clamp(min=0).sqrt()
-        return cls(chosen.reshape(-1, *shape).float(), mean.reshape(shape).float(), deviations.float())
+        rows, shape = blocks.flatten(1).double(), blocks.shape[1:]
+        values, vectors = torch.linalg.eigh(torch.cov(rows.T, correction=0))  # rising
+        chosen, deviations = vectors.flip(1)[:, :count].T, values.flip(0)[:count].clamp(min=0).sqrt()
+        return cls(chosen.reshape(-1, *shape).float(), rows.mean(0).reshape(shape).float(), deviations.float())
 
     def project(self, maps: Tensor) -> Tensor:
         """Components (N, K, h/2, w/2) of maps (N, C, h, w)."""
@@ -98,9 +93,7 @@ class Components:
 
 def _blocks(maps: Tensor) -> Tensor:
     """Maps (N, C, h, w) cut into blocks (N * h/2 * w/2, C, 2, 2)."""
-    number, channels, height, width = maps.shape
-    cut = maps.reshape(number, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(-1, channels, 2, 2)
+    return nn.functional.pixel_unshuffle(maps, 2).movedim(1, -1).reshape(-1, maps.shape[1], 2, 2)
 
 
 def _analyse(module: nn.Conv2d, components: Components, scale: Tensor | float) -> None:

@@ -36,8 +36,9 @@ from PIL import Image
 from data_pipeline.cache import ShardCache
 from data_pipeline.errors import DataError
 from data_pipeline.loader import train_loader
+from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.order import ElasticSampler, SampleOrder
-from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split
+from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.storage import Retries
 
 WORLD, BATCH = 8, 256

@@ -20,8 +20,9 @@ from compressai.zoo import image_models
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.manifest import Manifest
 from data_pipeline.samples import picture_of, to_tensor
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.shards import ShardReader
 from downstream.compressai_latents import CompressAILatents, create_latents, load_model
 from downstream.latents import FeatureLatents, LatentCodec
 from pretrain.codec.feature_codec import FeatureCodec

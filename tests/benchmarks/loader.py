@@ -35,8 +35,9 @@ from rich.table import Table
 
 from data_pipeline.build import build_dataset
 from data_pipeline.loader import CanvasDataset
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.shards import ShardReader
 
 BATCH = 256
 CONSOLE = Console(width=100)

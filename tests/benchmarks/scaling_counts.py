@@ -26,8 +26,8 @@ from cluster.local_workers import run_workers
 from cluster.runtime import LocalRuntime, Runtime
 from data_pipeline.build import build_dataset
 from data_pipeline.loader import CanvasDataset
+from data_pipeline.manifest import Manifest
 from data_pipeline.scenes import write_scenes
-from data_pipeline.shards import Manifest
 from pretrain.codec.tiles import STRIP_POSITIONS
 from pretrain.config import PretrainConfig
 from pretrain.run import resolve

@@ -14,7 +14,8 @@ from PIL import Image
 
 from data_pipeline.build import Built, build_dataset
 from data_pipeline.errors import DataError
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.manifest import Manifest
+from data_pipeline.shards import ShardReader
 
 REPOSITORY = Path(__file__).parents[2]
 

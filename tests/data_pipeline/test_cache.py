@@ -21,8 +21,9 @@ from http_store import HttpStore, serving
 
 from data_pipeline.cache import DEFAULT_LIMIT, ShardCache, default_root
 from data_pipeline.errors import DataError, StoreError
+from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.order import ElasticSampler, SampleOrder
-from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split
+from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.storage import Retries
 
 SHARDS, SAMPLES = 8, 3
@@ -81,7 +82,8 @@ def python(code: str, *arguments: object, **options: object) -> subprocess.Popen
 import os, random, resource, signal, sys, threading, time
 from pathlib import Path
 from data_pipeline.cache import ShardCache
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.manifest import Manifest
+from data_pipeline.shards import ShardReader
 from data_pipeline.storage import Retries
 def reader(url, root, limit=2**30):
     cache = ShardCache(root, limit, Retries(attempts=6, backoff=0.01, timeout=60))

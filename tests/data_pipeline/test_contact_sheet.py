@@ -18,7 +18,8 @@ from data_pipeline.contact_sheet import (
     write_contact_sheet,
 )
 from data_pipeline.errors import DataError
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.manifest import Manifest, Split
+from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.annotations import encode_mask
 
 PITCH = TILE + GAP

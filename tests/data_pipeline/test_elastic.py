@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.loader import train_loader
+from data_pipeline.manifest import Manifest, Split
 from data_pipeline.order import SampleOrder
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.shards import ShardWriter
 
 SIZES = (37, 5, 23, 1, 30)  # 96 samples in shards of odd sizes
 BATCH = 24  # divides by every world

@@ -10,7 +10,8 @@ from PIL import Image
 from data_pipeline.build import build_dataset
 from data_pipeline.errors import DataError
 from data_pipeline.inspect import split_facts
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.manifest import Manifest
+from data_pipeline.shards import ShardReader
 
 
 def test_split_facts__counts_what_the_samples_hold(scenes: Path):

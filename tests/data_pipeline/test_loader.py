@@ -21,10 +21,11 @@ from data_pipeline.loader import (
     eval_loader,
     train_loader,
 )
+from data_pipeline.manifest import Manifest, Split
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.quarantine import BadSample, Quarantine
-from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
+from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.storage import Retries
 
 CANVAS = 24

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, Split
 from data_pipeline.masks import IGNORE, MaskDataset, TrainingCrops, survey_masks
 from data_pipeline.samples import training_loader
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.shards import ShardWriter
 
 
 def png(array: np.ndarray) -> bytes:

@@ -15,10 +15,11 @@ from small_objects import rectangles, write_objects
 from data_pipeline import samples
 from data_pipeline.cache import ShardCache
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, Split
 from data_pipeline.objects import ObjectDataset, survey_objects
 from data_pipeline.quarantine import FILE
 from data_pipeline.samples import UnusableError, once, survey, training_loader
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.shards import ShardWriter
 
 
 def write_with_broken(root: Path, broken: set[int], count: int = 8) -> Path:

@@ -11,9 +11,10 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest
 from data_pipeline.rendering import CLASSES, outline
 from data_pipeline.scenes import draw_scene, write_scenes
-from data_pipeline.shards import Manifest, ShardReader
+from data_pipeline.shards import ShardReader
 from data_pipeline.sources import Sample
 
 COUNT = 40

@@ -13,7 +13,8 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import Manifest, Shard, ShardReader, ShardWriter, Split, new_dataset
+from data_pipeline.manifest import Manifest, Shard, Split
+from data_pipeline.shards import ShardReader, ShardWriter, new_dataset
 
 
 def write(root: Path, count: int = 7, max_samples: int = 3, **options: int) -> Manifest:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from data_pipeline.inspect import SplitFacts
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.tables import bar, tables
 
 NAMES = tuple(f"a class with the long name {number}" for number in range(45))

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import Manifest, ShardWriter, Split
+from data_pipeline.manifest import Manifest, Split
+from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.verify import faults
 

@@ -16,7 +16,8 @@ CLASSES = ("red", "green", "blue")
 
 def write_colours(root: Path, *, train: int = 48, val: int = 18) -> Path:
     """Noisy images of 64 px in three colours, the colour being the class."""
-    from data_pipeline.shards import Manifest, ShardWriter, Split
+    from data_pipeline.manifest import Manifest, Split
+    from data_pipeline.shards import ShardWriter
 
     root.mkdir(parents=True)
     random = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_refused, dicm
 
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from downstream import finetune
 from pretrain.codec.feature_codec import FeatureCodec
 

@@ -14,7 +14,8 @@ from conftest import dicm
 from http_store import serving
 
 from cluster.metrics import read_rows
-from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
+from data_pipeline.manifest import Manifest, Split
+from data_pipeline.shards import ShardReader, ShardWriter
 from downstream.errors import StoppedError, TaskError
 from downstream.finetune import evaluate_run, resolve, run
 from pretrain.codec.feature_codec import FeatureCodec

@@ -17,7 +17,7 @@ from small_objects import NARROW_DETECTOR, SMALL_CROPS, rectangles, write_object
 
 from cluster.metrics import read_rows
 from data_pipeline.errors import DataError
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from downstream import finetune, stream_cache
 from downstream.errors import TaskError
 from downstream.stream_cache import STREAM, StreamDataset

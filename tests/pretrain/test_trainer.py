@@ -15,7 +15,8 @@ from conftest import NARROW, REPOSITORY, SHORT, small_run
 from http_store import serving
 
 from cluster.checkpoint import CheckpointStore
-from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
+from data_pipeline.manifest import Manifest, Split
+from data_pipeline.shards import ShardReader, ShardWriter
 from pretrain.run import run
 
 STAGES = ["ssl", "redundancy", "joint", "codec"]

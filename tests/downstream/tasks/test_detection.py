@@ -17,7 +17,7 @@ from PIL import Image
 from small_objects import NARROW_DETECTOR, rectangles, write_eight_scenes, write_objects
 
 from cluster.metrics import read_rows
-from data_pipeline.shards import Manifest
+from data_pipeline.manifest import Manifest
 from data_pipeline.sources.annotations import decode_mask, encode_mask
 from downstream import finetune
 from downstream.errors import TaskError

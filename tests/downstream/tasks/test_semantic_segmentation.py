@@ -281,7 +281,8 @@ def test_run__latents_of_a_compressai_model(place: Path, tmp_path: Path):
 
 
 def test_run__masks_that_say_nothing_are_left_out_and_other_data_is_refused(place: Path, colours: Path, tmp_path: Path):
-    from data_pipeline.shards import Manifest, ShardReader, ShardWriter, Split
+    from data_pipeline.manifest import Manifest, Split
+    from data_pipeline.shards import ShardReader, ShardWriter
 
     manifest = Manifest.load(place / "scenes")
     reader, root = ShardReader(place / "scenes", manifest.split("train")), tmp_path / "spoiled"

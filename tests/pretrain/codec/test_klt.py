@@ -40,7 +40,7 @@ def maps(seed: int, number: int = 64, channels: int = 64) -> Tensor:
 )
 @torch.no_grad()
 def test_begin_as_klt__features_pass_from_the_first_step_on(options: dict[str, Any], lost: float):
-    codec = codec_of(**options).eval()
+    codec = codec_of(**options)
     unseen = maps(2)
     nothing = mse_distance(codec.compress_features(unseen)[0], unseen, True)
     begin_as_klt(codec, [maps(0), maps(1)])
@@ -55,7 +55,7 @@ def test_begin_as_klt__features_pass_from_the_first_step_on(options: dict[str, A
 
 @torch.no_grad()
 def test_begin_as_klt__components_come_by_falling_energy_in_steps_of_the_quantizer():
-    codec = codec_of(transform_channels=16, latent_channels=32).eval()
+    codec = codec_of(transform_channels=16, latent_channels=32)
     features = maps(0)
     begin_as_klt(codec, iter([features]))
     y2 = codec.g_a(features)
@@ -82,7 +82,7 @@ def test_begin_as_klt__what_carries_nothing_yet_can_learn_to():
 
 @torch.no_grad()
 def test_begin_as_klt__features_that_say_nothing_leave_finite_weights():
-    codec = codec_of().eval()
+    codec = codec_of()
     begin_as_klt(codec, [torch.zeros(8, 64, 16, 16)])
     f3, likelihoods = codec.compress_features(torch.zeros(1, 64, 16, 16))
     assert bool(f3.isfinite().all()) and all(bool(each.isfinite().all()) for each in likelihoods.values())
@@ -93,7 +93,7 @@ def test_components__of_known_directions():
     directions = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0]
     weights = torch.randn(5000, 2, generator=generator) * torch.tensor([3.0, 1.0])
     blocks = (2 + weights @ directions[:, :2].T).reshape(-1, 3, 2, 2)
-    found = Components.of([blocks[:2000], blocks[2000:]], 2)
+    found = Components.of(blocks, 2)
     assert found.deviations.tolist() == pytest.approx([3.0, 1.0], rel=0.05)
     torch.testing.assert_close((found.vectors.flatten(1) @ directions[:, :2]).abs(), torch.eye(2), atol=0.02, rtol=0)
     torch.testing.assert_close(found.mean, torch.full((3, 2, 2), 2.0), atol=0.1, rtol=0)
