@@ -503,7 +503,7 @@ def test_s3__a_damaged_shard_is_named(bucket: str, shards: tuple[Shard, ...], tm
 
 def test_shards__reading_a_folder_imports_no_fsspec(folder: Path):
     code = "ShardReader(url, Manifest.load(url).split('train')).read(0); print('fsspec' in sys.modules)"
-    preamble = "import sys\nfrom data_pipeline.shards import Manifest, ShardReader\nurl = sys.argv[1]\n"
+    preamble = "import sys\nfrom data_pipeline.manifest import Manifest\nfrom data_pipeline.shards import ShardReader\nurl = sys.argv[1]\n"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     out = subprocess.run(
         [sys.executable, "-c", preamble + code, folder], env=environment, capture_output=True, text=True
