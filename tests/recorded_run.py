@@ -179,6 +179,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 def nodes(*num_cpus: int) -> Iterator[Any]:
     """A Ray cluster of raylets on this machine, which `launch` finds by RAY_ADDRESS: a head without CPUs, and a node for
     each number; yields the Cluster."""
+    import ray
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE, "include_dashboard": False, "_system_config": PATIENT}
@@ -189,6 +190,7 @@ def nodes(*num_cpus: int) -> Iterator[Any]:
         cluster.workers = [add_node(cluster, count) for count in num_cpus]
         yield cluster
     finally:
+        ray.shutdown()  # a run that still drives holds a node, which then cannot be removed
         cluster.shutdown()
         if before is None:
             del os.environ["RAY_ADDRESS"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def test_run__nodes_killed_added_and_drained_leave_the_order_of_samples(data: Pa
         assert alone["step"] > 15
         added = [add_node(cluster), add_node(cluster)]
         three = run.wait_for_step(1, world=3, after=alone["time"])
-        assert three["step"] == last_step(run, 1) + 1  # to grow costs no step
+        # To grow costs no step. The nodes may join one by one, with steps of two workers between.
+        between = [row["step"] for row in read_trace(run.folder) if alone["time"] <= row["time"] < three["time"]]
+        assert three["step"] == between[-1] + 1
         run.wait_for_step(three["step"] + 3, world=3)
         drained = drain_node(cluster, added[0])
         two = run.wait_for_step(1, world=2, after=drained)
@@ -60,7 +63,8 @@ def test_run__nodes_killed_added_and_drained_leave_the_order_of_samples(data: Pa
     for epoch in range(len(seen) // 144):
         assert sorted(seen[epoch * 144 : (epoch + 1) * 144]) == list(range(144))
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["event"] for row in rows if "event" in row] == ["recovered", "resized", "drained"]
+    events = [row["event"] for row in rows if "event" in row]
+    assert [event for event, _ in itertools.groupby(events)] == ["recovered", "resized", "drained"]
     assert all(0 < row["seconds"] < 120 for row in rows if "event" in row)
 
 
