@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -105,6 +106,13 @@ def test_export_programs__equal_torch_at_any_size(codec: FeatureCodec):
         for name, (given, expected) in networks(codec, *size).items():
             found = programs[name](given)
             assert_near(name, found if isinstance(found, tuple) else (found,), expected)
+
+
+def test_export_programs__without_redundancy_elimination(codec: FeatureCodec):
+    torch.manual_seed(0)
+    plain = FeatureCodec(dataclasses.replace(codec.config, redundancy=False)).eval().requires_grad_(False)
+    given, expected = networks(plain, 128, 192)["encoder"]
+    assert_near("encoder", graphs.export_programs(plain)["encoder"].module()(given), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
