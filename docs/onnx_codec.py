@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pretrain.codec import bitstream
 from pretrain.codec.bitstream import Layer, symbol_digest
-from pretrain.codec.coder import guard_list, guarded
+from pretrain.codec.coder import covered_places, guard_list, guarded
 from pretrain.codec.entropy import CoderTables, scale_indexes
 from pretrain.codec.gains import RateGains
 from pretrain.codec.symbols import SymbolDecoder, encode_symbols
@@ -71,6 +71,8 @@ class OnnxCodec:
         z_symbols = np.round(z[0] * z_gain - self.medians).astype(np.int32)
         means, indexes, close = self._predict(z_symbols, level)
         y2_symbols = torch.from_numpy(np.round((y2[0] - means) * y2_gain).astype(np.int32))
+        covered = covered_places(indexes, height, width)
+        y2_symbols, indexes, close = (part[:, covered] for part in (y2_symbols, indexes, close))
         z_part = (self.tables.z, torch.from_numpy(z_symbols).flatten(), self._z_indexes(z_symbols.shape))
         layers = []
         for number, channels in enumerate(self.groups):
@@ -92,12 +94,13 @@ class OnnxCodec:
         if len(layers) != len(self.groups):
             raise BitstreamError(f"stream has {len(layers)} layers, this codec writes {len(self.groups)}")
         z_shape = (self.z_channels, -(-info.height // 64), -(-info.width // 64))
-        num_places = 16 * z_shape[1] * z_shape[2]
+        num_places = -(-info.height // 16) * -(-info.width // 16)
         z_indexes = self._z_indexes(z_shape)
         reader = SymbolDecoder(layers[0].payload, z_indexes.numel() + num_places * self.groups[0].stop)
         z_symbols = reader.read(self.tables.z, z_indexes)
         means, indexes, _ = self._predict(z_symbols.view(z_shape).numpy(), info.rate)
-        y2_symbols = []
+        covered = covered_places(indexes, info.height, info.width)
+        indexes, y2_symbols = indexes[:, covered], []
         for number, (layer, channels) in enumerate(zip(layers, self.groups, strict=True)):
             chosen = guarded(indexes[channels].flatten(), layer)
             if number:
@@ -108,8 +111,9 @@ class OnnxCodec:
                     f"layer {bitstream.LAYER_NAMES[number]} decodes to other symbols than were encoded"
                 )
             y2_symbols.append(symbols)
-        residuals = torch.cat(y2_symbols).numpy().reshape(means.shape) / self._gains(info.rate)[1]
-        return (residuals + means).astype(np.float32)[None]
+        residuals = np.zeros(means.shape)
+        residuals[:, covered.numpy()] = torch.cat(y2_symbols).view(len(means), -1).numpy()
+        return (residuals / self._gains(info.rate)[1] + means).astype(np.float32)[None]
 
     def _predict(self, z_symbols: np.ndarray, level: int | None) -> tuple[np.ndarray, Tensor, Tensor]:
         """Means (float64), table indexes (int32) and close calls of y2, of z's symbols; the same at both ends."""

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.codec.backbone import Backbone
+from pretrain.codec.backbone import HEAD_STRIDE, Backbone, crop_to, pad_to
+from pretrain.codec.coder import Z_STRIDE
 from pretrain.codec.entropy import bits_per_image
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import StageConfig
@@ -131,14 +132,16 @@ class CompressionObjective(nn.Module):
 
     def forward(self, view: Tensor, rate_weight: Tensor) -> Losses:
         (codec,) = self.codec
+        height, width = view.shape[-2:]
         with torch.no_grad():
-            f2, _ = codec.eliminate(codec.backbone.head(view))
+            f2, _ = codec.eliminate(codec.backbone.head(pad_to(view, Z_STRIDE)))
         rate, weights = None, rate_weight
         if self.stage.rates:
             points = torch.randint(len(self.stage.rates), (len(view),), device=view.device)
             rate = points / (len(self.stage.rates) - 1)
             weights = torch.tensor(self.stage.rates, device=view.device)[points]
-        f3, likelihoods = codec.compress_features(f2, rate)
+        f3, likelihoods = codec.compress_features(f2, rate, (height, width))
+        f2, f3 = (crop_to(features, height, width, HEAD_STRIDE) for features in (f2, f3))
         bpp = bits_per_pixel(likelihoods.values(), view)
         distortion = mse_distance(f3, f2, self.stage.relative)
         total = (weights * bpp).mean() + self.stage.distortion * distortion

@@ -75,6 +75,11 @@ def multiple_of(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
+def crop_to(maps: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """The places of (..., h, w), one every `stride` pixels, that see an image of height x width pixels; a view."""
+    return maps[..., : -(-height // stride), : -(-width // stride)]
+
+
 def pad_to(images: Tensor, step: int) -> Tensor:
     """Pad (N, C, H, W) at the right and the bottom to multiples of `step`: reflect, replicate where too small."""
     height, width = images.shape[-2:]

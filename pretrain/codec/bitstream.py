@@ -1,13 +1,13 @@
 """The container of a stream: header, layer table, payloads; documented byte by byte in docs/bitstream.md.
 
     magic 2 | version, flags, layers 1 | fingerprint 4 | H varint | W varint | rate 1, where there is a choice
-    channel list, in version 5
+    channel list, in version 7
     per layer: length varint | digest 2 | check 4
     payloads, each with its guard list in front where the stream has any
 
 `base` holds z and some channels of y2, `rest` the others; a reader may stop after any layer, and then needs no byte
 behind it. Which channels `base` holds is the codec's to say, or a list in the stream; streams with such a list are of
-version 5, all others of version 4. A layer's check is the CRC-32C of everything before it but the table, so no flipped
+version 7, all others of version 6. A layer's check is the CRC-32C of everything before it but the table, so no flipped
 bit and no layer of another stream goes unseen, and nothing is allocated for what was not sent. Its digest is that of
 its symbols: a decoder that drew other tables than the encoder notices.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from pretrain.errors import BitstreamError, CodecError
 
 MAGIC = b"\xd1\xc3"
-PLAIN, LISTED = 4, 5  # versions: without and with a channel list
+PLAIN, LISTED = 6, 7  # versions: without and with a channel list
 LAYER_NAMES = ("base", "rest")
 FINGERPRINT_BYTES = 4
 FIXED_BYTES = 3 + FINGERPRINT_BYTES

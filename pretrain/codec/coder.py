@@ -8,6 +8,9 @@ that thread counts, batch sizes, devices and TF32 move a scale by about 1e-15 of
 closer to a bound between two tables than `guard`, it lists the table that it took, so a reader that is off by less
 than the guard cannot take another. The digest of the symbols tells of one that is off by more. The means need no such
 care: a reader adds its own, and features move by as little as they do.
+
+Networks take images padded to a multiple of 64. Places of y2 that see padding alone are no part of a stream: their
+symbols are zero at both ends, so a reader has their means there.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.codec import bitstream
+from pretrain.codec.backbone import crop_to
 from pretrain.codec.bitstream import ChannelList, Layer, StreamInfo, symbol_digest
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.context import CheckerboardContext, anchor_mask
@@ -35,7 +39,7 @@ from pretrain.codec.hyperprior import HyperSynthesis
 from pretrain.codec.symbols import SymbolDecoder, encode_symbols, state_bits
 from pretrain.errors import BitstreamError, CodecError
 
-Z_STRIDE = 64
+Z_STRIDE, LATENT_STRIDE = 64, 16
 # Tokens of y2 that h_s predicts at once; bounds its memory, which float64 doubles.
 CHUNK_TOKENS = 1 << 14
 # Channels for `base`: their numbers, or what names them for an image's y2_hat (C, H/16, W/16).
@@ -111,13 +115,13 @@ class StreamCoder:
             )
         rates = [rate] * len(z)
         z_gain, y2_gain = self._gains(rates)
-        y2 = y2.double()
+        y2, covered = y2.double(), covered_places(y2, height, width)
         z_symbols = _symbols(z.double() * z_gain - self.medians)
         predicted = self.predict(z_symbols, rates)
-        y2_symbols = _symbols((y2 - predicted.means) * y2_gain)
+        y2_symbols = _symbols((y2 - predicted.means) * y2_gain) * covered
         if self.context is not None:
             predicted = self._second_pass(y2_symbols, predicted, y2_gain)
-            y2_symbols = _symbols((y2 - predicted.means) * y2_gain)
+            y2_symbols = _symbols((y2 - predicted.means) * y2_gain) * covered
         lists: list[ChannelList | None] = [None] * len(z)
         if channels is not None:
             y2_hat = (y2_symbols / y2_gain + predicted.means).float()
@@ -125,7 +129,9 @@ class StreamCoder:
                 ChannelList(tuple(sorted(channels(image) if callable(channels) else channels)), self.latent_channels)
                 for image in y2_hat
             ]
-        parts = (z_symbols.cpu(), y2_symbols.cpu(), predicted.indexes.cpu(), predicted.close.cpu())
+        y2_parts = [y2_symbols, predicted.indexes, predicted.close]
+        y2_parts = [crop_to(part, height, width, LATENT_STRIDE).cpu() for part in y2_parts]
+        parts = (z_symbols.cpu(), *y2_parts)
         streams = []
         for chosen, *image in zip(lists, *parts, strict=True):
             groups = self._groups(chosen)[: None if rest or chosen is None else 1]
@@ -152,7 +158,8 @@ class StreamCoder:
         groups = [self._groups(info.channels) for info in infos]
         z_shape = (self.z_channels, -(-height // Z_STRIDE), -(-width // Z_STRIDE))
         z_indexes = self._z_indexes(torch.empty(z_shape))
-        channels, places = torch.arange(self.latent_channels), 16 * z_shape[1] * z_shape[2]
+        channels = torch.arange(self.latent_channels)
+        places = -(-height // LATENT_STRIDE) * -(-width // LATENT_STRIDE)
         readers = [
             SymbolDecoder(layers[0].payload, z_indexes.numel() + places * len(channels[first]))
             for layers, (first, *_) in zip(images, groups, strict=True)
@@ -162,20 +169,21 @@ class StreamCoder:
         z_bounded = z_symbols.view(-1, *z_shape).clamp(-MAX_SYMBOL, MAX_SYMBOL)
         predicted, y2_gain = self.predict(z_bounded.to(self.medians.device), rates), self._gains(rates)[1]
         y2_symbols = torch.zeros(predicted.means.shape, dtype=torch.int32)
+        coded = crop_to(y2_symbols, height, width, LATENT_STRIDE)  # a view: what is read here stands there
         if self.context is None:
-            indexes = predicted.indexes.cpu()
-            for image in zip(images, groups, readers, z_symbols, indexes, y2_symbols, strict=True):
+            indexes = crop_to(predicted.indexes, height, width, LATENT_STRIDE).cpu()
+            for image in zip(images, groups, readers, z_symbols, indexes, coded, strict=True):
                 self._read_layers(*image)
         else:
-            predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols)
+            predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols, coded)
         y2_hat = y2_symbols.to(predicted.means.device) / y2_gain + predicted.means
         return y2_hat.float(), height, width
 
-    def state_bits(self, places: int) -> int:
-        """Bits of a stream's layers beside those of their symbols, of an image with so many places of z."""
+    def state_bits(self, z_places: int, y2_places: int) -> int:
+        """Bits of a stream's layers beside those of their symbols, of an image with so many places of z and of y2."""
         channels = torch.arange(self.latent_channels)
-        counts = [16 * places * len(channels[group]) for group in self.groups]
-        return sum(state_bits(count) for count in [counts[0] + places * self.z_channels, *counts[1:]])
+        counts = [y2_places * len(channels[group]) for group in self.groups]
+        return sum(state_bits(count) for count in [counts[0] + z_places * self.z_channels, *counts[1:]])
 
     @torch.no_grad()
     def likelihoods(self, z_values: Tensor, y2_residuals: Tensor, y2_scales: Tensor) -> dict[str, Tensor]:
@@ -286,17 +294,18 @@ class StreamCoder:
         first: Prediction,
         y2_gain: Tensor,
         y2_symbols: Tensor,
+        coded: Tensor,
     ) -> Prediction:
-        """Fill y2_symbols (N, C, H, W), anchors first; returns the prediction that their means are added to."""
-        anchors = anchor_mask(y2_symbols).expand(y2_symbols[0].shape)
+        """Fill `coded` (N, C, H, W), a view of y2_symbols, anchors first; returns the prediction of the means."""
+        anchors = anchor_mask(coded).expand(coded[0].shape)
         parts = [[symbols] for symbols in z_symbols]
         predicted = first
         for places in (anchors, ~anchors):
-            indexes = predicted.indexes.cpu()
+            indexes = predicted.indexes[..., : coded.shape[-2], : coded.shape[-1]].cpu()
             for number, (layer,) in enumerate(images):
                 chosen = guarded(indexes[number].flatten(), layer, places.flatten()).view(places.shape)[places]
                 found = readers[number].read(self.tables.y2, chosen)
-                y2_symbols[number][places] = found
+                coded[number][places] = found
                 parts[number].append(found)
             if places is anchors:
                 bounded = y2_symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(first.means.device)
@@ -326,6 +335,13 @@ class StreamCoder:
     def _z_indexes(z_symbols: Tensor) -> Tensor:
         """Each channel of z (C, H, W) has a table of its own."""
         return torch.arange(len(z_symbols), dtype=torch.int32).repeat_interleave(z_symbols[0].numel())
+
+
+def covered_places(latents: Tensor, height: int, width: int) -> Tensor:
+    """(H, W) bool on the device of latents (..., H, W): the places that see an image of height x width pixels."""
+    covered = torch.zeros(latents.shape[-2:], dtype=torch.bool, device=latents.device)
+    crop_to(covered, height, width, LATENT_STRIDE).fill_(True)
+    return covered
 
 
 def guard_list(indexes: Tensor, close: Tensor) -> dict[int, int]:

@@ -11,7 +11,6 @@ never coded with tables of other weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 
 from data_pipeline.views import normalize
 from pretrain.codec import bitstream, pretrained
-from pretrain.codec.backbone import HEAD_STRIDE, Backbone, pad_to
+from pretrain.codec.backbone import HEAD_STRIDE, Backbone, crop_to, pad_to
 from pretrain.codec.bitstream import StreamInfo
-from pretrain.codec.coder import Z_STRIDE, Choice, StreamCoder
+from pretrain.codec.coder import LATENT_STRIDE, Z_STRIDE, Choice, StreamCoder, covered_places
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.context import CheckerboardContext
 from pretrain.codec.entropy import (
@@ -45,7 +44,6 @@ from pretrain.codec.tiles import MARGIN, check_tile, in_tiles
 from pretrain.codec.transforms import AnalysisTransform, SynthesisTransform
 from pretrain.errors import CodecError
 
-LATENT_STRIDE = 16
 PRECISIONS = ("fp32", "bf16")
 ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
 
@@ -104,14 +102,14 @@ class FeatureCodec(nn.Module):
             rate: in 0..1, one for all images or (N,); None is the best one.
         """
         self._settle()
-        height, width = (math.ceil(side / HEAD_STRIDE) for side in images.shape[-2:])
+        height, width = images.shape[-2:]
         f1 = self.backbone.head(pad_to(images, Z_STRIDE))
         f2, y1 = self.eliminate(f1)
-        f3, likelihoods = self.compress_features(f2, rate)
-        f1, f2, f3 = (features[..., :height, :width] for features in (f1, f2, f3))
+        f3, likelihoods = self.compress_features(f2, rate, (height, width))
+        f1, f2, f3 = (crop_to(features, height, width, HEAD_STRIDE) for features in (f1, f2, f3))
         bits = bits_per_image(likelihoods.values())
         if not self.entropy.z.training:
-            bits = bits + self._ready().state_bits(likelihoods["z"][0, 0].numel())
+            bits = bits + self._ready().state_bits(*(likelihoods[name][0, 0].numel() for name in ("z", "y2")))
         return CodecOutput(f1, f2, f3, {**y1, **likelihoods}, bits)
 
     def eliminate(self, f1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -121,26 +119,36 @@ class FeatureCodec(nn.Module):
         f2, likelihoods = self.redundancy(f1)
         return f2, {"y1": likelihoods}
 
-    def compress_features(self, f2: Tensor, rate: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """f3 and the likelihoods of y2 and z, of f2 (N, C1, H/4, W/4) with H, W multiples of 64."""
+    def compress_features(
+        self, f2: Tensor, rate: Tensor | float | None = None, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """f3 and the likelihoods of y2 and z, of f2 (N, C1, H/4, W/4) with H, W multiples of 64.
+
+        `size` is that of the images before they were padded, (H, W) if not given.
+        """
         y2 = self.g_a(f2)
-        y2_hat, likelihoods = self._quantize(y2, self.h_a(y2), rate)
+        y2_hat, likelihoods = self._quantize(y2, self.h_a(y2), rate, size)
         return self.g_s(y2_hat), likelihoods
 
-    def _quantize(self, y2: Tensor, z: Tensor, rate: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """y2_hat, and the likelihoods of y2 and z."""
+    def _quantize(
+        self, y2: Tensor, z: Tensor, rate: Tensor | float | None, size: tuple[int, int] | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """y2_hat, and the likelihoods of z and of those places of y2 that see the image, of `size`."""
         z_gain, y2_gain = self._gains(rate, len(y2))
         z_hat, z_likelihoods = bottleneck_likelihood(self.entropy.z, z, z_gain)
         means, scales = self.h_s(z_hat)
         if self.context is not None:
             anchors_hat, _ = self.entropy.y2_likelihood(y2, means, scales, y2_gain)
-            means, scales = self.context(anchors_hat, means, scales)
+            means, scales = self.context(_covered(anchors_hat, means, size), means, scales)
         y2_hat, y2_likelihoods = self.entropy.y2_likelihood(y2, means, scales, y2_gain)
+        y2_hat, likelihoods = _covered(y2_hat, means, size), {"y2": y2_likelihoods, "z": z_likelihoods}
         if not self.entropy.z.training and not torch.compiler.is_compiling():
             z_factor, y2_factor = (1.0 if gain is None else gain for gain in (z_gain, y2_gain))
             symbols = z_hat * z_factor, (y2_hat - means) * y2_factor
-            return y2_hat, self._ready().likelihoods(*symbols, scales * y2_factor)
-        return y2_hat, {"y2": y2_likelihoods, "z": z_likelihoods}
+            likelihoods = self._ready().likelihoods(*symbols, scales * y2_factor)
+        if size is not None:
+            likelihoods["y2"] = crop_to(likelihoods["y2"], *size, LATENT_STRIDE)
+        return y2_hat, likelihoods
 
     def _gains(self, rate: Tensor | float | None, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Gains (count, C, 1, 1) of z and of y2; none for a codec of one rate."""
@@ -160,7 +168,8 @@ class FeatureCodec(nn.Module):
     def latents(self, images: Tensor, rate: float | None = None) -> Tensor:
         """y2_hat (N, latent_channels, H/16, W/16) of normalised images; H and W become multiples of 64."""
         self._settle()
-        return self._quantize(*self._analyse(images), self._coded_rate(rate))[0]
+        height, width = images.shape[-2:]
+        return self._quantize(*self._analyse(images), self._coded_rate(rate), (height, width))[0]
 
     def update(self) -> None:
         """Solve the factorized priors' quantiles for the current weights; coder tables follow when needed.
@@ -288,7 +297,7 @@ class FeatureCodec(nn.Module):
                 f3 = self.g_s(y2_hat)
             else:
                 f3 = in_tiles(self.g_s, y2_hat, tile // LATENT_STRIDE, MARGIN // LATENT_STRIDE)
-        return f3.float()[..., : -(-height // HEAD_STRIDE), : -(-width // HEAD_STRIDE)]
+        return crop_to(f3.float(), height, width, HEAD_STRIDE)
 
     @torch.no_grad()
     def decode_latents(self, streams: Sequence[bytes], last_layer: str | None = None) -> Tensor:
@@ -422,6 +431,13 @@ class FeatureCodec(nn.Module):
 
     def _fingerprint(self, tables: CoderTables) -> bytes:
         return hash_of({"weights": self._weights_hash().hex()}, tables.tensors())[:8]
+
+
+def _covered(y2_hat: Tensor, means: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """y2_hat where a place sees the image, the means elsewhere: what a reader of its stream has."""
+    if size is None:
+        return y2_hat
+    return torch.where(covered_places(y2_hat, *size), y2_hat, means)
 
 
 def _check_images(images: Tensor) -> None:

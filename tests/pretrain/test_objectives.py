@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_codecs import create_codec, random_images
 
-from pretrain.objectives import bits_per_pixel, l1_distance, mse_distance
+from data_pipeline.views import normalize
+from pretrain.config import StageConfig
+from pretrain.objectives import CompressionObjective, bits_per_pixel, l1_distance, mse_distance
 
 
 def test_bits_per_pixel__one_bit_a_symbol():
@@ -27,3 +30,17 @@ def test_distances__relative_ones_do_not_depend_on_scale(scale: float):
 def test_distances__absolute_values():
     assert l1_distance(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0]), False).item() == pytest.approx(1.5)
     assert mse_distance(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0]), False).item() == pytest.approx(2.5)
+
+
+@pytest.mark.parametrize("size", [64, 96])
+def test_compression_objective__is_of_the_image_alone(size: int):
+    """Views that are no multiple of 64 are padded for the networks; neither rate nor distortion counts the padding."""
+    codec = create_codec().requires_grad_(False)
+    codec.update()
+    view = normalize(random_images(2, size, size).float() / 255)
+    stage = StageConfig(name="codec", trains=["compression"], rate=1.0, distortion=1.0)
+    losses, output = CompressionObjective(codec, stage)(view, torch.tensor(1.0)), codec(view)
+    assert output.f3.shape[-2:] == (size // 4, size // 4)
+    bpp = bits_per_pixel([output.likelihoods[name] for name in ("y2", "z")], view).mean()
+    torch.testing.assert_close(losses.parts["bpp"], bpp)
+    torch.testing.assert_close(losses.parts["distortion"], mse_distance(output.f3, output.f2, False))

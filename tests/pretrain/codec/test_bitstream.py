@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.codec.bitstream import ChannelList, Layer, describe, pack, unpack
+from pretrain.codec.bitstream import LISTED, PLAIN, ChannelList, Layer, describe, pack, unpack
 from pretrain.errors import BitstreamError, CodecError
 
 FINGERPRINT = bytes.fromhex("0123456789abcdef")
@@ -22,7 +22,7 @@ def test_unpack__returns_what_was_packed(height: int, width: int, payloads: list
     stream = pack(FINGERPRINT, height, width, layers)
     info, found = unpack(stream, FINGERPRINT)
     assert found == layers
-    assert (info.height, info.width, info.version) == (height, width, 4)
+    assert (info.height, info.width, info.version) == (height, width, PLAIN)
     assert list(info.layers.values()) == [len(payload) for payload in payloads]
     assert info.num_bytes == len(stream)
     assert info == describe(stream)
@@ -79,7 +79,7 @@ def test_unpack__channel_lists_come_back(data: st.DataObject, total: int):
     channels = ChannelList(tuple(sorted(chosen)), total)
     stream = pack(FINGERPRINT, 480, 640, LAYERS, None, channels)
     info, found = unpack(stream, FINGERPRINT)
-    assert (info.channels, info.version, found) == (channels, 5, LAYERS)
+    assert (info.channels, info.version, found) == (channels, LISTED, LAYERS)
     assert stream[: info.base_bytes].endswith(LAYERS[0].payload)
     assert sorted(channels.chosen + channels.others) == list(range(total))
 
@@ -99,7 +99,7 @@ def test_channel_list__refuses_what_is_none(chosen: tuple[int, ...]):
 
 @pytest.mark.parametrize("claim", [b"\xc0\x01\x00", b"\x00\x00", b"\x05\x06", b"\xff\xff\x7f\x01", b"\x05\x02\xff"])
 def test_unpack__a_channel_list_that_is_none_is_damage(claim: bytes):
-    fixed = b"\xd1\xc3\x51" + FINGERPRINT[:4] + b"\x40\x40" + claim
+    fixed = b"\xd1\xc3\x71" + FINGERPRINT[:4] + b"\x40\x40" + claim
     check = google_crc32c.extend(google_crc32c.value(fixed), b"\0\0payload")
     with pytest.raises(BitstreamError, match="channel"):
         unpack(fixed + bytes([7, 0, 0]) + check.to_bytes(4, "little") + b"payload", FINGERPRINT)
@@ -139,13 +139,13 @@ def test_unpack__layers_of_two_streams_do_not_mix():
         (b"\xff\xd8\xff\xe0 a photo", "not a dicm stream"),
         (pack(bytes(8), 480, 640, LAYERS), "codec 00000000, this is 01234567"),
         (pack(FINGERPRINT, 480, 640, LAYERS) + b"x", "bytes behind its end"),
-        (b"\xd1\xc3\x61" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 6"),
-        (b"\xd1\xc3\x51" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "52 of 13 channels"),
+        (b"\xd1\xc3\x81" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 8"),
+        (b"\xd1\xc3\x71" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "52 of 13 channels"),
         (pack(FINGERPRINT, 60_000, 60_000, LAYERS), "60000 x 60000"),
         (pack(FINGERPRINT, 10**9, 64, LAYERS), "sides must lie in"),
         (pack(FINGERPRINT, 8, 64, LAYERS), "sides must lie in"),
         (b"\xd1\xc3\x11" + pack(FINGERPRINT, 480, 640, LAYERS)[3:], "version 1"),
-        (b"\xd1\xc3\x41" + FINGERPRINT[:4] + b"\xff" * 20, "more than 35 bits"),
+        (b"\xd1\xc3\x61" + FINGERPRINT[:4] + b"\xff" * 20, "more than 35 bits"),
         ("text", "this is str"),
     ],
 )
