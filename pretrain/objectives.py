@@ -21,6 +21,9 @@ from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import StageConfig
 from pretrain.ssl.methods import Method
 
+# The loss at a rate grows about as its weight to this power (docs/results/codec.md).
+BALANCE = 0.4
+
 
 class Losses(NamedTuple):
     """`total` is what is minimised; `parts` are detached scalars by name."""
@@ -41,25 +44,31 @@ def l1_distance(f2: Tensor, f1: Tensor, relative: bool) -> Tensor:
     return distance / target.float().abs().mean().clamp_min(1e-6) if relative else distance
 
 
-def mse_distance(output: Tensor, target: Tensor, relative: bool) -> Tensor:
-    """Mean squared difference; `relative` divides it by the mean square of the target."""
-    distance = F.mse_loss(output.float(), target.float())
+def mse_distance(output: Tensor, target: Tensor, relative: bool, shares: Tensor | None = None) -> Tensor:
+    """Mean squared difference; `relative` divides it by the mean square of the target.
+
+    With `shares` (N,) that of each image counts so many times.
+    """
+    distance = F.mse_loss(output.float(), target.float(), reduction="mean" if shares is None else "none")
+    if shares is not None:
+        distance = (distance.flatten(1).mean(dim=1) * shares).mean()
     return distance / target.float().square().mean().clamp_min(1e-12) if relative else distance
 
 
 def tail_distances(
-    backbone: Backbone, features: Tensor, target: Tensor, stage: StageConfig
+    backbone: Backbone, features: Tensor, target: Tensor, stage: StageConfig, shares: Tensor | None = None
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """Fidelity where tasks read: `sum_k stage.features[k] * MSE(layer k)` of the tail over `features` and `target`.
 
-    Returns the sum and the distances by layer; 0 and none, without running the tail, where all weights are 0.
+    `shares` as in `mse_distance`. Returns the sum and the distances by layer; 0 and none, without running the tail,
+    where all weights are 0.
     """
     if not any(stage.features):
         return 0.0, {}
     with torch.no_grad():
         targets = backbone.tail(target)
     distances = [
-        mse_distance(output, wanted, stage.relative)
+        mse_distance(output, wanted, stage.relative, shares)
         for output, wanted in zip(backbone.tail(features), targets, strict=True)
     ]
     total = torch.stack([weight * distance for weight, distance in zip(stage.features, distances, strict=True)]).sum()
@@ -121,7 +130,8 @@ class CompressionObjective(nn.Module):
     """Stage `codec`: the compression network learns f2 -> f3 under the rate of y2 and z.
 
     Fidelity is asked for where tasks read: MSE(f2, f3) and the same for the tail's layer2, layer3 and layer4. For a
-    codec with a range of rates each image draws one of the trained rates, and its bits weigh what that rate's do.
+    codec with a range of rates each image draws one of the trained rates, and its bits weigh what that rate's do. As a
+    whole, the loss of an image counts weight^-BALANCE as much, so that all rates pull alike at what they share.
     """
 
     def __init__(self, codec: FeatureCodec, stage: StageConfig):
@@ -135,15 +145,22 @@ class CompressionObjective(nn.Module):
         height, width = view.shape[-2:]
         with torch.no_grad():
             f2, _ = codec.eliminate(codec.backbone.head(pad_to(view, Z_STRIDE)))
-        rate, weights = None, rate_weight
+        rate, weights, shares = None, rate_weight, None
         if self.stage.rates:
             points = torch.randint(len(self.stage.rates), (len(view),), device=view.device)
             rate = points / (len(self.stage.rates) - 1)
-            weights = torch.tensor(self.stage.rates, device=view.device)[points]
+            of_points = torch.tensor(self.stage.rates, device=view.device)
+            weights, shares = of_points[points], balanced(of_points)[points]
         f3, likelihoods = codec.compress_features(f2, rate, (height, width))
         f2, f3 = (crop_to(features, height, width, HEAD_STRIDE) for features in (f2, f3))
         bpp = bits_per_pixel(likelihoods.values(), view)
-        distortion = mse_distance(f3, f2, self.stage.relative)
-        total = (weights * bpp).mean() + self.stage.distortion * distortion
-        fidelity, parts = tail_distances(codec.backbone, f3, f2, self.stage)
+        distortion = mse_distance(f3, f2, self.stage.relative, shares)
+        total = (weights * bpp * (1.0 if shares is None else shares)).mean() + self.stage.distortion * distortion
+        fidelity, parts = tail_distances(codec.backbone, f3, f2, self.stage, shares)
         return Losses(total + fidelity, {"bpp": bpp.mean().detach(), "distortion": distortion.detach(), **parts})
+
+
+def balanced(rates: Tensor) -> Tensor:
+    """How many times the loss at each of the rates with these weights (P,) counts; 1 on average."""
+    shares = rates**-BALANCE
+    return shares / shares.mean()

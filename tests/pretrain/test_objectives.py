@@ -2,11 +2,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_codecs import create_codec, random_images
+from small_codecs import create_codec, random_images, with_options
 
 from data_pipeline.views import normalize
 from pretrain.config import StageConfig
-from pretrain.objectives import CompressionObjective, bits_per_pixel, l1_distance, mse_distance
+from pretrain.objectives import (
+    BALANCE,
+    CompressionObjective,
+    balanced,
+    bits_per_pixel,
+    l1_distance,
+    mse_distance,
+    tail_distances,
+)
 
 
 def test_bits_per_pixel__one_bit_a_symbol():
@@ -44,3 +52,41 @@ def test_compression_objective__is_of_the_image_alone(size: int):
     bpp = bits_per_pixel([output.likelihoods[name] for name in ("y2", "z")], view).mean()
     torch.testing.assert_close(losses.parts["bpp"], bpp)
     torch.testing.assert_close(losses.parts["distortion"], mse_distance(output.f3, output.f2, False))
+
+
+def test_mse_distance__shares_weigh_images():
+    output, target = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[2.0, 5.0], [0.0, 4.0]])
+    assert mse_distance(output, target, False, torch.ones(2)).item() == pytest.approx((2.5 + 8) / 2)
+    assert mse_distance(output, target, False, torch.tensor([2.0, 0.5])).item() == pytest.approx((5 + 4) / 2)
+
+
+def test_compression_objective__rates_share_by_their_weights():
+    """With one image a batch, the loss is that of its rate alone, times its share."""
+    codec = with_options(create_codec(), rate_points=3)
+    codec.update()
+    view = normalize(random_images(1, 64, 64).float() / 255)
+    rates = torch.tensor([8.0, 1.0, 0.25])
+    stage = StageConfig(
+        name="codec", trains=["compression"], rates=rates.tolist(), distortion=0.5, features=[1.0, 2.0, 4.0]
+    )
+    expected = []
+    for weight, share, rate in zip(rates, balanced(rates), (0.0, 0.5, 1.0), strict=True):
+        output = codec(view, rate)
+        bits = bits_per_pixel([output.likelihoods[name] for name in ("y2", "z")], view)[0]
+        fidelity, _ = tail_distances(codec.backbone, output.f3, output.f2, stage)
+        cost = weight * bits + 0.5 * mse_distance(output.f3, output.f2, False) + fidelity
+        expected.append(float(share * cost))
+    objective, drawn = CompressionObjective(codec, stage), set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        point = int(torch.randint(3, (1,)))
+        torch.manual_seed(seed)
+        assert float(objective(view, torch.tensor(1.0)).total) == pytest.approx(expected[point], rel=1e-4)
+        drawn.add(point)
+    assert drawn == {0, 1, 2}
+
+
+def test_balanced__shares_average_one_and_fall_with_the_weight():
+    shares = balanced(torch.tensor([32.0, 1.0]))
+    assert shares.mean().item() == pytest.approx(1)
+    assert (shares[1] / shares[0]).item() == pytest.approx(32**BALANCE)
