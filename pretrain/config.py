@@ -42,6 +42,7 @@ class StageConfig:
     features: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # layer2, layer3, layer4
     relative: bool = False  # divide each distortion by the mean magnitude (L1) or square (MSE) of its target
     rates: list[float] = field(default_factory=list)  # rate weights at codec.rate_points rates, instead of `rate`
+    balance: float = 0.4  # the loss at each of these rates counts weight^-balance as much
     klt: bool = True  # transforms that start fresh begin as the Karhunen-Loeve transform of f2
     target_bpp: float | None = None  # the rate weight follows by dual ascent until bpp holds this value
     dual_rate: float = 0.02  # step size of that ascent, on the weight's logarithm
@@ -186,6 +187,10 @@ def _validate_stage(stage: StageConfig, config: PretrainConfig) -> None:
         raise ConfigError(
             f"{key}.rates={stage.rates}: weights must be positive, and they are for the compression network alone and "
             "exclude target_bpp"
+        )
+    if not 0 <= stage.balance <= 1:
+        raise ConfigError(
+            f"{key}.balance={stage.balance:g} must lie in 0..1, from the plain sum to one of losses over their weights"
         )
     if stage.target_bpp is not None and (stage.target_bpp <= 0 or stage.rate <= 0):
         raise ConfigError(

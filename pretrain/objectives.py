@@ -21,9 +21,6 @@ from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import StageConfig
 from pretrain.ssl.methods import Method
 
-# The loss at a rate grows about as its weight to this power (docs/results/codec.md).
-BALANCE = 0.4
-
 
 class Losses(NamedTuple):
     """`total` is what is minimised; `parts` are detached scalars by name."""
@@ -131,7 +128,8 @@ class CompressionObjective(nn.Module):
 
     Fidelity is asked for where tasks read: MSE(f2, f3) and the same for the tail's layer2, layer3 and layer4. For a
     codec with a range of rates each image draws one of the trained rates, and its bits weigh what that rate's do. As a
-    whole, the loss of an image counts weight^-BALANCE as much, so that all rates pull alike at what they share.
+    whole, the loss of an image counts weight^-balance as much: it grows about as weight^0.4, so that all rates pull
+    alike at what they share.
     """
 
     def __init__(self, codec: FeatureCodec, stage: StageConfig):
@@ -150,7 +148,7 @@ class CompressionObjective(nn.Module):
             points = torch.randint(len(self.stage.rates), (len(view),), device=view.device)
             rate = points / (len(self.stage.rates) - 1)
             of_points = torch.tensor(self.stage.rates, device=view.device)
-            weights, shares = of_points[points], balanced(of_points)[points]
+            weights, shares = of_points[points], balanced(of_points, self.stage.balance)[points]
         f3, likelihoods = codec.compress_features(f2, rate, (height, width))
         f2, f3 = (crop_to(features, height, width, HEAD_STRIDE) for features in (f2, f3))
         bpp = bits_per_pixel(likelihoods.values(), view)
@@ -160,7 +158,7 @@ class CompressionObjective(nn.Module):
         return Losses(total + fidelity, {"bpp": bpp.mean().detach(), "distortion": distortion.detach(), **parts})
 
 
-def balanced(rates: Tensor) -> Tensor:
+def balanced(rates: Tensor, balance: float) -> Tensor:
     """How many times the loss at each of the rates with these weights (P,) counts; 1 on average."""
-    shares = rates**-BALANCE
+    shares = rates**-balance
     return shares / shares.mean()

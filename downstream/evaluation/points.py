@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import MISSING
+from torch import nn
 
 from cluster.recipes import load_config
 from downstream.errors import TaskError
@@ -162,7 +164,10 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
         return
     rates: list[float | None] = [None]
     codec = config.codec or base.codec
-    if codec is not None and FeatureCodec.from_pretrained(codec).config.rate_points > 1:
+    loaded = None if codec is None else FeatureCodec.from_pretrained(codec)
+    if loaded is not None and config.codec is not None and base.codec is not None:
+        _check_head(run, config.codec, loaded, FeatureCodec.from_pretrained(base.codec))
+    if loaded is not None and loaded.config.rate_points > 1:
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:
         raise TaskError(f"rates={config.rates}: the codec {codec} has one rate; leave them out")
@@ -184,6 +189,16 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
             if text.startswith("static"):
                 made = replace(made, waits_for=replace(made, codec=f"{config.label} dynamic").name)
             yield made
+
+
+def _check_head(run: str, name: str, codec: FeatureCodec, own: FeatureCodec) -> None:
+    """Refuse (TaskError) a codec whose f1 is not what the base run's network was trained to read."""
+    ours, theirs = (nn.Sequential(each.backbone.stem, each.backbone.layer1).state_dict() for each in (codec, own))
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        raise TaskError(
+            f"codec={name} has another stem and layer1 than the codec of runs={run}; "
+            "sweep it from a run that was fine-tuned with it"
+        )
 
 
 def gate_options(text: str) -> list[str]:

@@ -7,8 +7,9 @@ ROOT holds data sets in the official layouts: tiny_imagenet20, clothing (ImageFo
 those that are there are used, and scenes are drawn besides. For each: build shards, pretrain a codec without labels and
 export it, fine-tune the task on clean pixels, sweep codecs and rates from there (`dicm evaluate`), with the first seed;
 then ablations of the codec; then further seeds. The first data set's codec is pretrained from nothing; those of the
-others begin with it, and only their codec stage runs on their own images. Every step is a command that can be typed, is passed over when its
-result is there, and goes on where it was stopped: at the end of the budget the one that runs gets SIGTERM and saves.
+others begin with it (where channels are gated, with its backbone), and only their codec stage runs on their own images.
+Every step is a command that can be typed, is passed over when its result is there, and goes on where it was stopped: at
+the end of the budget the one that runs gets SIGTERM and saves.
 The report tells what there is, `report.html` and `markdown/`.
 
 Prints the claims with what was found. Figures in --json: `claims` (name -> wanted, found), `deltas` (study -> codec ->
@@ -49,6 +50,8 @@ OTHERS = "jpeg:5,jpeg:20,webp:0,webp:20,avif:10,avif:30"
 ABLATIONS: dict[str, list[str]] = {
     "without gated convolutions": ["codec.rgc_orders=[0,0,0]"],
     "without ViT hyperprior": ["codec.hyperprior=conv"],
+    "without context model": ["codec.context=none"],
+    "rates not balanced": ["stages.codec.balance=0"],
     "without the KLT to begin with": ["stages.codec.klt=false"],
     "fidelity at f3 alone": ["stages.codec.distortion=1", "stages.codec.features=[0,0,0]"],
     "with redundancy elimination": ["codec.redundancy=true"],
@@ -56,7 +59,7 @@ ABLATIONS: dict[str, list[str]] = {
     "without contrastive stage": ["only=[codec]"],
 }
 OWN_BACKBONE = ("without guidance", "without contrastive stage")
-STAGES = {"with redundancy elimination": "redundancy,joint,codec"}
+STAGES = {"with redundancy elimination": "redundancy,codec"}  # the stage joint would change the backbone
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,11 @@ CLASSIFICATION = {"task": "classification", "recipe": "classification",
                   "anchor_options": ["train_head=true", "cache=bitstreams", "cache_views=2"]}  # fmt: skip
 STUDIES = [
     Study("tiny_imagenet20", "tiny_imagenet20", "imagefolder", **CLASSIFICATION, task_epochs=20, adapt_epochs=5,
-          epochs={"ssl": 40, "codec": 8}, others=OTHERS, ablate=True),
+          epochs={"ssl": 40, "codec": 12}, others=OTHERS, ablate=True),
     Study("clothing", "clothing", "imagefolder", **CLASSIFICATION, task_epochs=20, adapt_epochs=5,
           pretrain=["image_size=128", "canvas_size=144"], epochs={"ssl": 40, "codec": 16}),
     Study("camvid", "camvid_as_cityscapes", "cityscapes", "semantic_segmentation", "semantic_segmentation_small",
-          pretrain=["image_size=128", "canvas_size=192"], epochs={"ssl": 200, "codec": 200}, task_epochs=60,
+          pretrain=["image_size=128", "canvas_size=192", "codec.context=none"], epochs={"ssl": 200, "codec": 200}, task_epochs=60,
           adapt_epochs=30, gates="dynamic,static:32,static:16,variance:32,variance:16",
           anchors="hevc:51,hevc:47,hevc:42,hevc:37,hevc:32"),
     Study("raccoon", "raccoon_voc", "voc", "detection", "detection_small", options=["max_side=320", "voc07=true"],
@@ -184,11 +187,12 @@ def plan(studies: list[Study], arguments: argparse.Namespace) -> Iterator[Step]:
 
 
 def first_codec(studies: list[Study], study: Study, arguments: argparse.Namespace, seed: int) -> list[str]:
-    """Options with which a later study's pretraining begins with the first one's codec."""
+    """Options with which a later study's pretraining begins with the first one's codec, or with its backbone alone."""
     if study is studies[0]:
         return []
     codec = place_of(studies[0], arguments, "whole", seed) / "codec"
-    return [f"init={codec}", "init_parts=[backbone,compression]", "only=[codec]"]
+    parts = "backbone" if study.gates else "backbone,compression"  # a gated latent has no context model
+    return [f"init={codec}", f"init_parts=[{parts}]", "only=[codec]"]
 
 
 def shards_of(study: Study, arguments: argparse.Namespace) -> Path:

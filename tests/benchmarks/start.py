@@ -1,8 +1,8 @@
-"""What the Karhunen-Loeve transform to begin with, and a context model, are worth in a short training.
+"""What the Karhunen-Loeve transform to begin with, a context model and balanced rates are worth in a short training.
 
-Trains the stage `codec` of recipe `evidence` three times from the backbone of one exported codec, in the same number of
-steps: transforms of random weights, transforms that begin as the KLT of the features, and the same with a checkerboard
-context model. Prints at each trained rate real bits per pixel and the objective's distortion on the validation split,
+Trains the stage `codec` of recipe `evidence` four times from the backbone of one exported codec, in the same number of
+steps: transforms of random weights, transforms that begin as the KLT of the features, the same with a checkerboard
+context model, and this with the plain sum of the losses at all rates. Prints at each trained rate real bits per pixel and the objective's distortion on the validation split,
 and the BD-rate against random weights at equal distortion.
 
     python tests/benchmarks/start.py --data data/tiny --init codec --out runs/start [--epochs 2]
@@ -25,9 +25,10 @@ from pretrain.run import resolve, run
 
 RANDOM = "random weights"
 STARTS = {
-    RANDOM: ["stages.codec.klt=false"],
-    "KLT": [],
-    "KLT, context": ["codec.context=checkerboard", "codec.context_depth=2"],
+    RANDOM: ["codec.context=none", "stages.codec.klt=false"],
+    "KLT": ["codec.context=none"],
+    "KLT, context": [],
+    "KLT, context, rates not balanced": ["stages.codec.balance=0"],
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from downstream import finetune
 from downstream.errors import TaskError
@@ -13,6 +14,7 @@ from downstream.evaluation.points import points_of, resolve
 from downstream.evaluation.sweep import COLUMNS, sweep
 from downstream.results import read_results
 from downstream.runs import load_run, trained_weights
+from pretrain.codec.feature_codec import FeatureCodec
 
 
 def test_sweep__writes_a_row_for_every_codec_and_protocol(swept: Path, clean: Path):
@@ -59,6 +61,19 @@ def test_sweep__other_options_in_the_same_folder_are_refused(swept: Path, clean:
 def test_points_of__a_base_run_must_be_on_clean_pixels(finetuned: Path):
     with pytest.raises(TaskError, match="starts from runs with input=pixels"):
         points_of(resolve("classification", [f"runs={finetuned}", "anchors=jpeg:5"]))
+
+
+def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path, codec_folder: Path, tmp_path: Path):
+    codec = FeatureCodec.from_pretrained(codec_folder)
+    with torch.no_grad():
+        codec.g_a[-1].weight.mul_(2)
+    codec.save_pretrained(tmp_path / "retrained")
+    assert points_of(resolve("classification", [f"runs={clean}", f"codec={tmp_path / 'retrained'}"]))
+    with torch.no_grad():
+        codec.backbone.layer1[0].conv1.weight.mul_(2)
+    codec.save_pretrained(tmp_path / "other")
+    with pytest.raises(TaskError, match=r"other has another stem and layer1 than the codec of runs=.*clean"):
+        points_of(resolve("classification", [f"runs={clean}", f"codec={tmp_path / 'other'}"]))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def test_resolve__authors_values():
         ("stages.codec.target_bpp=-1", ["stages.codec.target_bpp"]),
         ("stages.codec.rates=[1,2]", ["stages.codec.rates", "codec.rate_points=1"]),
         ("codec.rate_points=2", ["stages.codec.rates", "codec.rate_points=2"]),
+        ("stages.codec.balance=1.5", ["stages.codec.balance=1.5", "0..1"]),
         ("codec.guard=1", ["codec.guard", "0.01"]),
         ("codec.context=chequerboard", ["chequerboard", "checkerboard"]),
         ("codec.block=conv2fromer", ["block", "conv2former"]),

@@ -7,7 +7,6 @@ from small_codecs import create_codec, random_images, with_options
 from data_pipeline.views import normalize
 from pretrain.config import StageConfig
 from pretrain.objectives import (
-    BALANCE,
     CompressionObjective,
     balanced,
     bits_per_pixel,
@@ -67,10 +66,15 @@ def test_compression_objective__rates_share_by_their_weights():
     view = normalize(random_images(1, 64, 64).float() / 255)
     rates = torch.tensor([8.0, 1.0, 0.25])
     stage = StageConfig(
-        name="codec", trains=["compression"], rates=rates.tolist(), distortion=0.5, features=[1.0, 2.0, 4.0]
+        name="codec",
+        trains=["compression"],
+        rates=rates.tolist(),
+        balance=0.3,
+        distortion=0.5,
+        features=[1.0, 2.0, 4.0],
     )
     expected = []
-    for weight, share, rate in zip(rates, balanced(rates), (0.0, 0.5, 1.0), strict=True):
+    for weight, share, rate in zip(rates, balanced(rates, 0.3), (0.0, 0.5, 1.0), strict=True):
         output = codec(view, rate)
         bits = bits_per_pixel([output.likelihoods[name] for name in ("y2", "z")], view)[0]
         fidelity, _ = tail_distances(codec.backbone, output.f3, output.f2, stage)
@@ -87,6 +91,6 @@ def test_compression_objective__rates_share_by_their_weights():
 
 
 def test_balanced__shares_average_one_and_fall_with_the_weight():
-    shares = balanced(torch.tensor([32.0, 1.0]))
+    shares = balanced(torch.tensor([32.0, 1.0]), 0.4)
     assert shares.mean().item() == pytest.approx(1)
-    assert (shares[1] / shares[0]).item() == pytest.approx(32**BALANCE)
+    assert (shares[1] / shares[0]).item() == pytest.approx(32**0.4)
