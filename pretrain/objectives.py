@@ -143,7 +143,7 @@ class CompressionObjective(nn.Module):
         height, width = view.shape[-2:]
         with torch.no_grad():
             f2, _ = codec.eliminate(codec.backbone.head(pad_to(view, Z_STRIDE)))
-        rate, weights, shares = None, rate_weight, None
+        rate, weights, shares = None, rate_weight, torch.ones(len(view), device=view.device)
         if self.stage.rates:
             points = torch.randint(len(self.stage.rates), (len(view),), device=view.device)
             rate = points / (len(self.stage.rates) - 1)
@@ -153,7 +153,7 @@ class CompressionObjective(nn.Module):
         f2, f3 = (crop_to(features, height, width, HEAD_STRIDE) for features in (f2, f3))
         bpp = bits_per_pixel(likelihoods.values(), view)
         distortion = mse_distance(f3, f2, self.stage.relative, shares)
-        total = (weights * bpp * (1.0 if shares is None else shares)).mean() + self.stage.distortion * distortion
+        total = (shares * weights * bpp).mean() + self.stage.distortion * distortion
         fidelity, parts = tail_distances(codec.backbone, f3, f2, self.stage, shares)
         return Losses(total + fidelity, {"bpp": bpp.mean().detach(), "distortion": distortion.detach(), **parts})
 
