@@ -169,13 +169,14 @@ class StreamCoder:
         z_bounded = z_symbols.view(-1, *z_shape).clamp(-MAX_SYMBOL, MAX_SYMBOL)
         predicted, y2_gain = self.predict(z_bounded.to(self.medians.device), rates), self._gains(rates)[1]
         y2_symbols = torch.zeros(predicted.means.shape, dtype=torch.int32)
-        coded = crop_to(y2_symbols, height, width, LATENT_STRIDE)  # a view: what is read here stands there
         if self.context is None:
+            coded = crop_to(y2_symbols, height, width, LATENT_STRIDE)  # a view: what is read here stands there
             indexes = crop_to(predicted.indexes, height, width, LATENT_STRIDE).cpu()
             for image in zip(images, groups, readers, z_symbols, indexes, coded, strict=True):
                 self._read_layers(*image)
         else:
-            predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols, coded)
+            size = height, width
+            predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols, size)
         y2_hat = y2_symbols.to(predicted.means.device) / y2_gain + predicted.means
         return y2_hat.float(), height, width
 
@@ -294,14 +295,15 @@ class StreamCoder:
         first: Prediction,
         y2_gain: Tensor,
         y2_symbols: Tensor,
-        coded: Tensor,
+        size: tuple[int, int],
     ) -> Prediction:
-        """Fill `coded` (N, C, H, W), a view of y2_symbols, anchors first; returns the prediction of the means."""
+        """Fill y2_symbols (N, C, H, W), anchors first; returns the prediction that their means are added to."""
+        coded = crop_to(y2_symbols, *size, LATENT_STRIDE)
         anchors = anchor_mask(coded).expand(coded[0].shape)
         parts = [[symbols] for symbols in z_symbols]
         predicted = first
         for places in (anchors, ~anchors):
-            indexes = predicted.indexes[..., : coded.shape[-2], : coded.shape[-1]].cpu()
+            indexes = crop_to(predicted.indexes, *size, LATENT_STRIDE).cpu()
             for number, (layer,) in enumerate(images):
                 chosen = guarded(indexes[number].flatten(), layer, places.flatten()).view(places.shape)[places]
                 found = readers[number].read(self.tables.y2, chosen)
