@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from cluster.options import ClusterConfig
 from cluster.runtime import under_torchrun
 from downstream.errors import TaskError
+from pretrain.codec.config import PRECISIONS
 
 INPUTS = ("streams", "pixels")
 OPTIMIZERS = ("sgd", "adamw", "adam")
@@ -49,7 +50,7 @@ class FinetuneConfig:
     workers: int = 1
     launcher: str = "ray"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    precision: str = "bf16"
+    precision: str = "bf16"  # of the networks, where the device computes in it; else, and with fp32, float32
     num_workers: int = 0
     cache: str = "none"  # or bitstreams: encode the training set once, then train from its streams
     cache_views: int = 4  # cache=bitstreams: random views of each image that are encoded, taken in turn
@@ -69,7 +70,7 @@ class FinetuneConfig:
             "input": INPUTS,
             "optimizer": OPTIMIZERS,
             "launcher": ("ray", "local"),
-            "precision": ("fp32", "bf16"),
+            "precision": PRECISIONS,
             "cache": CACHES,
         }.items():
             if (value := getattr(self, key)) not in valid:

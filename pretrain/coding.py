@@ -31,7 +31,8 @@ from torchvision.io import ImageReadMode, decode_image, encode_png
 from cluster.files import write_whole
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
-from pretrain.codec.feature_codec import PRECISIONS, FeatureCodec
+from pretrain.codec.config import PRECISIONS
+from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.memory import keep_freed_memory
 from pretrain.codec.tiles import TILE_STEP
 from pretrain.errors import CodecError, ConfigError

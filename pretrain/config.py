@@ -12,13 +12,12 @@ from omegaconf import MISSING
 
 from cluster.options import ClusterConfig
 from data_pipeline.views import ViewConfig
-from pretrain.codec.config import CodecConfig
+from pretrain.codec.config import PRECISIONS, CodecConfig
 from pretrain.errors import ConfigError
 from pretrain.ssl.config import SSLConfig
 
 PARTS = ("backbone", "redundancy", "compression")
 OPTIMIZERS = ("sgd", "adam", "adamw")
-PRECISIONS = ("fp32", "bf16")
 LAUNCHERS = ("ray", "local")
 
 
@@ -70,7 +69,7 @@ class PretrainConfig:
     workers: int = 1
     launcher: str = "ray"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    precision: str = "bf16"
+    precision: str = "bf16"  # of the networks, where the device computes in it; else, and with fp32, float32
     channels_last: bool = True
     compile: bool = False
     accumulate: int = 1  # micro-batches a step

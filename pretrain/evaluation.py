@@ -20,8 +20,8 @@ from data_pipeline.loader import eval_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.views import center_images, normalize
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.precision import autocast
 from pretrain.config import PretrainConfig, StageConfig
-from pretrain.guided_views import autocast
 from pretrain.ssl.evaluation import knn_accuracy
 
 EVALUATION_BATCH = 128
@@ -86,7 +86,7 @@ def measure_knn(
             for batch in loader:
                 canvas, aspect = batch.canvas.to(runtime.device), batch.aspect.to(runtime.device)
                 images = normalize(center_images(canvas, aspect, config.image_size).float().div(255))
-                with autocast(config, runtime.device):
+                with autocast(runtime.device, config.precision):
                     features.append(pooled_features(codec, images, depth_of(stage)).float())
                 labels.append(batch.label.to(runtime.device))
         banks += [runtime.gather(torch.cat(features)), runtime.gather(torch.cat(labels))]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.views import ViewConfig, normalize, random_crops, resample, two_views
+from pretrain.codec.precision import autocast
 from pretrain.config import PretrainConfig
 from pretrain.ssl.encoder import Encoder
 from pretrain.ssl.heatmap import heatmap_boxes, heatmaps
@@ -38,7 +39,7 @@ class GuidedViews:
         images = canvas.float().div_(255)
         if options.size != canvas.shape[-1]:
             images = F.interpolate(images, size=(options.size, options.size), mode="area")
-        with autocast(self.config, canvas.device):
+        with autocast(canvas.device, self.config.precision):
             heat = heatmaps(self.encoder, self._layout(normalize(images)), options.method, options.layer)
         return Guidance(heat, heatmap_boxes(heat, options.threshold))
 
@@ -57,8 +58,3 @@ class GuidedViews:
         if self.config.channels_last:
             return images.contiguous(memory_format=torch.channels_last)
         return images
-
-
-def autocast(config: PretrainConfig, device: torch.device) -> torch.autocast:
-    """The run's autocast context for `device`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")

@@ -38,9 +38,10 @@ from data_pipeline.loader import CanvasBatch, CanvasLoader, train_loader
 from data_pipeline.manifest import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.klt import begin_as_klt, num_images
+from pretrain.codec.precision import autocast
 from pretrain.config import PretrainConfig, StageConfig
 from pretrain.evaluation import measure_knn, write_summary
-from pretrain.guided_views import GuidedViews, autocast
+from pretrain.guided_views import GuidedViews
 from pretrain.initialize import begins_compression, checkpoint_activations, create_codec
 from pretrain.objectives import Losses
 from pretrain.ssl.encoder import Encoder
@@ -194,7 +195,7 @@ class Trainer:
             views = self._views(stage, canvas, aspect)
             last = len(losses) == num_chunks - 1
             with nullcontext() if last or not stage.distributed else stage.objective.no_sync():  # type: ignore[operator]
-                with autocast(self.config, self.device):
+                with autocast(self.device, self.config.precision):
                     loss = stage.objective(*views, rate_weight)
                 (loss.total / num_chunks).backward()
             losses.append(Losses(loss.total.detach(), loss.parts))

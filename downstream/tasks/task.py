@@ -37,6 +37,7 @@ from downstream.evaluation.anchors import create_anchor
 from downstream.frozen import source_of
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.precision import autocast
 from pretrain.feature_picture import feature_picture
 
 C = TypeVar("C", bound=FinetuneConfig)
@@ -251,7 +252,7 @@ class Task(ABC, Generic[C, B]):
 
     def autocast(self, enabled: bool = True) -> torch.autocast:
         """The run's precision, or float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled and self.config.precision == "bf16")
+        return autocast(self.device, self.config.precision, enabled)
 
 
 def survey_splits(

@@ -10,6 +10,7 @@ from pretrain.errors import ConfigError
 BLOCKS = ("conv2former", "convformer")
 HYPERPRIORS = ("vit", "conv")
 CONTEXTS = ("none", "checkerboard")
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass

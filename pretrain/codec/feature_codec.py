@@ -26,7 +26,7 @@ from pretrain.codec import bitstream, pretrained
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone, crop_to, pad_to
 from pretrain.codec.bitstream import StreamInfo
 from pretrain.codec.coder import LATENT_STRIDE, Z_STRIDE, Choice, StreamCoder, covered_places
-from pretrain.codec.config import CodecConfig
+from pretrain.codec.config import PRECISIONS, CodecConfig
 from pretrain.codec.context import CheckerboardContext
 from pretrain.codec.entropy import (
     CoderTables,
@@ -39,12 +39,12 @@ from pretrain.codec.entropy import (
 from pretrain.codec.gains import LOG_SPREAD, RateGains, fit
 from pretrain.codec.hyperprior import HyperAnalysis, HyperSynthesis
 from pretrain.codec.identity import hash_of, stamp_of, weights_hash
+from pretrain.codec.precision import autocast
 from pretrain.codec.redundancy import RedundancyElimination
 from pretrain.codec.tiles import MARGIN, check_tile, in_tiles
 from pretrain.codec.transforms import AnalysisTransform, SynthesisTransform
 from pretrain.errors import CodecError
 
-PRECISIONS = ("fp32", "bf16")
 ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
 
 
@@ -373,7 +373,7 @@ class FeatureCodec(nn.Module):
         for module in training:
             module.training = False
         try:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with autocast(self._device, self.precision):
                 yield
         finally:
             for module in training:
