@@ -150,7 +150,7 @@ def create_optimizer(stage: StageConfig, objective: nn.Module, shard: bool) -> t
         {"params": [p for p in trained if p in fast], "weight_decay": 0.0, "lr": fast_lr},
     ]
     groups = [group for group in groups if group["params"]]
-    options = {"lr": stage.lr, "weight_decay": stage.weight_decay}
+    options: dict[str, Any] = {"lr": stage.lr, "weight_decay": stage.weight_decay, "fused": True}
     if stage.optimizer == "sgd":
         options["momentum"] = 0.9
     if shard:

@@ -41,9 +41,12 @@ def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
             continue
         rates = [row["bpp"] for row in rows]
         axes.plot(rates, accuracies, color=colour, marker=MARKERS.get(name, "o"), linewidth=1.8, label=name)
-        for rate, accuracy, row in zip(rates, accuracies, rows, strict=True):
-            text = row["anchor"] or f"{rate:.3f} bpp"
-            axes.annotate(text, (rate, accuracy), xytext=(6, -12), textcoords="offset points", color=colour, fontsize=9)
+        for i, (rate, accuracy, row) in enumerate(zip(rates, accuracies, rows, strict=True)):
+            style = {"color": colour, "fontsize": 9, "textcoords": "offset points"}
+            # Above and below in turn: texts of near points do not cover each other.
+            axes.annotate(
+                row["anchor"] or f"{rate:.3f} bpp", (rate, accuracy), xytext=((-12, 8), (6, -12))[i % 2], **style
+            )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, labelcolor=INK)

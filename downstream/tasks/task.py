@@ -235,9 +235,11 @@ class Task(ABC, Generic[C, B]):
         config = self.config
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if config.optimizer == "sgd":
-            return torch.optim.SGD(trained, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, nesterov=True)
+            return torch.optim.SGD(
+                trained, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, nesterov=True, fused=True
+            )
         kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        return kind(trained, lr=config.lr, weight_decay=config.weight_decay)
+        return kind(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Scheduler | None:
         """The learning rate over a stage; None leaves it as it is."""
