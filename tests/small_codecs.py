@@ -23,9 +23,9 @@ def create_codec(seed: int = 0) -> FeatureCodec:
     codec = FeatureCodec(NARROW).eval()
     images = normalize(random_images(8, 64, 64).float() / 255)
     with torch.no_grad():
-        y2, _ = codec._analyse(images)
+        y2, _ = codec.analyse(images)
         codec.g_a[-1].weight.mul_(2.5 / y2.std())
-        y2, z = codec._analyse(images)
+        y2, z = codec.analyse(images)
         codec.h_a[-1].weight.mul_(2.5 / z.std())
         spread = y2.std(dim=(0, 2, 3))
         codec.h_s.head.weight.mul_(0.1)

@@ -18,34 +18,21 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from compressai.entropy_models import EntropyBottleneck
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.views import normalize
 from pretrain.codec import bitstream, pretrained
-from pretrain.codec.backbone import HEAD_STRIDE, Backbone, crop_to, pad_to
+from pretrain.codec.backbone import HEAD_STRIDE, crop_to, pad_to
 from pretrain.codec.bitstream import StreamInfo
 from pretrain.codec.coder import LATENT_STRIDE, Z_STRIDE, Choice, StreamCoder, covered_places
 from pretrain.codec.config import PRECISIONS, CodecConfig
-from pretrain.codec.context import CheckerboardContext
-from pretrain.codec.entropy import (
-    CoderTables,
-    LatentEntropy,
-    bits_per_image,
-    bottleneck_likelihood,
-    bottleneck_round,
-    solve_quantiles,
-)
-from pretrain.codec.gains import LOG_SPREAD, RateGains, fit
-from pretrain.codec.hyperprior import HyperAnalysis, HyperSynthesis
+from pretrain.codec.entropy import CoderTables, bits_per_image, bottleneck_likelihood, solve_quantiles
+from pretrain.codec.gains import fit
 from pretrain.codec.identity import hash_of, stamp_of, weights_hash
+from pretrain.codec.network import ONE_RATE, CodecNetwork
 from pretrain.codec.precision import autocast
-from pretrain.codec.redundancy import RedundancyElimination
 from pretrain.codec.tiles import MARGIN, check_tile, in_tiles
-from pretrain.codec.transforms import AnalysisTransform, SynthesisTransform
 from pretrain.errors import CodecError
-
-ONE_RATE = "rate: this codec has one rate; train one with codec.rate_points and stages.codec.rates for a range of them"
 
 
 @dataclass
@@ -63,32 +50,18 @@ class CodecOutput:
     bits: Tensor
 
 
-class FeatureCodec(nn.Module):
-    """The codec: backbone, redundancy elimination, compression network.
+class FeatureCodec(CodecNetwork):
+    """The codec: networks, and their streams.
 
     Args:
         config: sizes of the network.
     """
 
     def __init__(self, config: CodecConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.extra: dict[str, Any] = {}  # facts about its training, from config.json
         # Of the networks in encode and decode; what symbols follow from is float64 with either.
         self.precision = "fp32"
-        self.backbone = Backbone(config.backbone, config.pretrained)
-        channels = self.backbone.channels
-        self.redundancy = RedundancyElimination(channels, config) if config.redundancy else None
-        self.g_a, self.g_s = AnalysisTransform(channels, config), SynthesisTransform(channels, config)
-        self.h_a, self.h_s = HyperAnalysis(config), HyperSynthesis(config)
-        self.entropy = LatentEntropy(config.z_channels)
-        self.context = CheckerboardContext(config) if config.context == "checkerboard" else None
-        self.z_gain: RateGains | None = None
-        self.y2_gain: RateGains | None = None
-        if config.rate_points > 1:
-            self.z_gain = RateGains(config.rate_points, config.z_channels)
-            self.y2_gain = RateGains(config.rate_points, config.latent_channels, LOG_SPREAD)
-        self.to(memory_format=torch.channels_last)  # faster for all of its networks, on CPUs and GPUs
         # What coding needs beside the weights, a hash of these weights, and their stamps when last looked at.
         self._coder: StreamCoder | None = None
         self._coder_weights = b""
@@ -112,13 +85,6 @@ class FeatureCodec(nn.Module):
             bits = bits + self._ready().state_bits(*(likelihoods[name][0, 0].numel() for name in ("z", "y2")))
         return CodecOutput(f1, f2, f3, {**y1, **likelihoods}, bits)
 
-    def eliminate(self, f1: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """f2 of f1, and the likelihoods of y1; without RE f1 itself, and none."""
-        if self.redundancy is None:
-            return f1, {}
-        f2, likelihoods = self.redundancy(f1)
-        return f2, {"y1": likelihoods}
-
     def compress_features(
         self, f2: Tensor, rate: Tensor | float | None = None, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +100,7 @@ class FeatureCodec(nn.Module):
         self, y2: Tensor, z: Tensor, rate: Tensor | float | None, size: tuple[int, int] | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """y2_hat, and the likelihoods of z and of those places of y2 that see the image, of `size`."""
-        z_gain, y2_gain = self._gains(rate, len(y2))
+        z_gain, y2_gain = self.gains(rate, len(y2))
         z_hat, z_likelihoods = bottleneck_likelihood(self.entropy.z, z, z_gain)
         means, scales = self.h_s(z_hat)
         if self.context is not None:
@@ -150,15 +116,6 @@ class FeatureCodec(nn.Module):
             likelihoods["y2"] = crop_to(likelihoods["y2"], *size, LATENT_STRIDE)
         return y2_hat, likelihoods
 
-    def _gains(self, rate: Tensor | float | None, count: int) -> tuple[Tensor | None, Tensor | None]:
-        """Gains (count, C, 1, 1) of z and of y2; none for a codec of one rate."""
-        if self.z_gain is None or self.y2_gain is None:
-            if rate is not None:
-                raise CodecError(ONE_RATE)
-            return None, None
-        rates = torch.as_tensor(1.0 if rate is None else rate, dtype=torch.float32, device=self._device).expand(count)
-        return self.z_gain(rates), self.y2_gain(rates)
-
     @torch.no_grad()
     def features(self, images: Tensor, rate: float | None = None) -> Tensor:
         """f3 of normalised images; in eval mode as `decode` gives it, without making bytes."""
@@ -169,7 +126,7 @@ class FeatureCodec(nn.Module):
         """y2_hat (N, latent_channels, H/16, W/16) of normalised images; H and W become multiples of 64."""
         self._settle()
         height, width = images.shape[-2:]
-        return self._quantize(*self._analyse(images), self._coded_rate(rate), (height, width))[0]
+        return self._quantize(*self.analyse(images), self._coded_rate(rate), (height, width))[0]
 
     def update(self) -> None:
         """Solve the factorized priors' quantiles for the current weights; coder tables follow when needed.
@@ -178,20 +135,9 @@ class FeatureCodec(nn.Module):
         training loop calls it before it freezes a part; and it must be called after weights were changed
         behind autograd's back (`parameter.data.add_(...)`), which leaves no trace.
         """
-        for model in self._factorized():
+        for model in self.factorized_priors:
             solve_quantiles(model)
         self._prior_stamp, self._coder_stamp = stamp_of(self._priors()), None
-
-    def compile(self, *arguments: Any, **options: Any) -> None:
-        """Compile the networks (`torch.compile`), in place: passes, encoding and decoding then run the compiled ones.
-
-        The part that decides symbols stays as it is, in float64.
-        """
-        networks = [self.backbone.stem, self.backbone.layer1, self.g_a, self.g_s, self.h_a]
-        if self.redundancy is not None:
-            networks += [self.redundancy.encoder, self.redundancy.decoder]
-        for network in networks:
-            network.compile(*arguments, **options)
 
     def train(self, mode: bool = True) -> Self:
         """As in torch; in either direction, weights are looked at again before they are next coded with."""
@@ -252,7 +198,7 @@ class FeatureCodec(nn.Module):
             # One image at a time: in a batch, convolutions sum in another order, and a value that lies between two
             # symbols to float accuracy may be rounded to the other one.
             for image in images.split(1):
-                latents = self._analyse(normalize(image.to(self._device).float() / 255), tile)
+                latents = self.analyse(normalize(image.to(self.device).float() / 255), tile)
 
                 def stream_at(level: int | None, latents: tuple[Tensor, Tensor] = latents) -> bytes:
                     y2, z = latents
@@ -349,23 +295,6 @@ class FeatureCodec(nn.Module):
         codec.extra = facts.get("extra") or {}
         return codec
 
-    def _analyse(self, images: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        """y2 and z of normalised images."""
-        images = pad_to(images, Z_STRIDE)
-        y2 = self._transform(images) if tile is None else in_tiles(self._transform, images, tile, MARGIN)
-        return y2, self.h_a(y2)
-
-    def _transform(self, images: Tensor) -> Tensor:
-        """y2 of normalised images with sides that are multiples of 64."""
-        f1 = self.backbone.head(images)
-        if self.redundancy is None or self.redundancy.entropy_bottleneck.training:
-            f2, _ = self.eliminate(f1)
-        else:  # the same without likelihoods, which no stream needs
-            f2 = self.redundancy.decode(
-                bottleneck_round(self.redundancy.entropy_bottleneck, self.redundancy.encode(f1))
-            )
-        return self.g_a(f2)
-
     @contextmanager
     def _coding(self) -> Iterator[None]:
         """Eval mode and `precision` while symbols are made or features decoded, whatever the caller does."""
@@ -373,23 +302,15 @@ class FeatureCodec(nn.Module):
         for module in training:
             module.training = False
         try:
-            with autocast(self._device, self.precision):
+            with autocast(self.device, self.precision):
                 yield
         finally:
             for module in training:
                 module.training = True
 
-    @property
-    def _device(self) -> torch.device:
-        return self.entropy.z.quantiles.device
-
     def _priors(self) -> Iterator[Tensor]:
-        for model in self._factorized():
+        for model in self.factorized_priors:
             yield from model.parameters()
-
-    def _factorized(self) -> list[EntropyBottleneck]:
-        """The models of y1, where there is RE, and of z."""
-        return [*([] if self.redundancy is None else [self.redundancy.entropy_bottleneck]), self.entropy.z]
 
     def _settle(self) -> None:
         """In eval mode, where values are rounded about medians, solve those of priors that have changed."""
@@ -397,7 +318,7 @@ class FeatureCodec(nn.Module):
             return
         stamp = stamp_of(self._priors())
         if stamp is None or stamp != self._prior_stamp:
-            for model in self._factorized():
+            for model in self.factorized_priors:
                 solve_quantiles(model)
             self._prior_stamp = stamp_of(self._priors())
 

@@ -63,9 +63,9 @@ def our_codec(name: str, image: Tensor) -> FeatureCodec:
     codec.precision = precision or "fp32"
     images = normalize(image[None].float() / 255)
     with torch.inference_mode():
-        codec.g_a[-1].weight.div_(codec._analyse(images)[0].std())
-        codec.h_a[-1].weight.div_(codec._analyse(images)[1].std())
-        y2, _ = codec._analyse(images)
+        codec.g_a[-1].weight.div_(codec.analyse(images)[0].std())
+        codec.h_a[-1].weight.div_(codec.analyse(images)[1].std())
+        y2, _ = codec.analyse(images)
         codec.h_s.head.weight.mul_(0.1)
         codec.h_s.head.bias.copy_(torch.cat([y2.mean(dim=(0, 2, 3)), y2.std(dim=(0, 2, 3))]))
     return codec
@@ -258,7 +258,7 @@ def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
         }
         if isinstance(codec, FeatureCodec):
             with codec._coding(), torch.inference_mode():
-                y2, z = (latent.float() for latent in codec._analyse(normalize(image[None].float() / 255)))
+                y2, z = (latent.float() for latent in codec.analyse(normalize(image[None].float() / 255)))
             coder = codec._ready()
             symbols = (
                 coder.predict(torch.zeros_like(z).int(), [None]),
