@@ -75,7 +75,7 @@ def networks(codec: FeatureCodec, height: int, width: int):
     y2_hat = torch.randn(2, 16, height // 16, width // 16, generator=generator)
     with torch.no_grad():
         return {
-            "encoder": (images, codec._analyse(images)),
+            "encoder": (images, codec.analyse(images)),
             "hyper_decoder": (z_hat, copy.deepcopy(codec.h_s).double()(z_hat)),
             "decoder": (y2_hat, (codec.g_s(y2_hat),)),
         }

@@ -17,7 +17,7 @@ def test_encode__padded_places_do_not_reach_the_stream(name: str, request: pytes
     codec = request.getfixturevalue(name)
     rate = 255 if name == "checkered" else None
     image, coder = random_images(1, HEIGHT, WIDTH), codec._ready()
-    y2, z = codec._analyse(normalize(image.float() / 255))
+    y2, z = codec.analyse(normalize(image.float() / 255))
     assert y2.shape[-2:] == (8, 8)
     other = y2.clone()
     other[..., 5:, :] += 3
