@@ -73,7 +73,8 @@ class MoCo(Method):
         shuffled, order = batch_shuffle(view.contiguous(), distributed=True)
         if view.is_contiguous(memory_format=torch.channels_last):
             shuffled = shuffled.contiguous(memory_format=torch.channels_last)
-        keys = self.momentum_head(self.momentum_encoder(shuffled).features)
+        # In float32: a rank whose device has no bfloat16 gathers with others that have.
+        keys = self.momentum_head(self.momentum_encoder(shuffled).features).float()
         return batch_unshuffle(keys, order, distributed=True)
 
     def averages(self) -> Iterator[tuple[nn.Module, nn.Module]]:
