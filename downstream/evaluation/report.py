@@ -153,7 +153,7 @@ def facts_section(timings: dict[str, float], commands: list[str]) -> Section:
 
 @torch.inference_mode()
 def feature_tiles(codec_folder: Path, data: str | Path, split: str) -> Tiles:
-    """f1, f2 and f3 of a few images of a split as colours, beside the image and its stream's size."""
+    """f1, f2 (where the codec has it) and f3 of a few images of a split as colours, beside image and stream's size."""
     codec = FeatureCodec.from_pretrained(codec_folder)
     size = codec.extra.get("image_size", 224)
     canvas_size = codec.extra.get("canvas_size", size)
@@ -165,19 +165,18 @@ def feature_tiles(codec_folder: Path, data: str | Path, split: str) -> Tiles:
     tiles: list[tuple[bytes, str]] = []
     for i, stream in enumerate(streams):
         large = torch.nn.functional.interpolate(images[i : i + 1], size=(PICTURE_SIZE, PICTURE_SIZE), mode="nearest")[0]
-        named = {
-            "image": large,
-            "f1": pca_picture(output.f1[i], PICTURE_SIZE),
-            "f2": pca_picture(output.f2[i], PICTURE_SIZE),
-            f"f3, {len(stream)} bytes": pca_picture(f3[i], PICTURE_SIZE),
-        }
+        named = {"image": large, "f1": pca_picture(output.f1[i], PICTURE_SIZE)}
+        if codec.redundancy is not None:
+            named["f2"] = pca_picture(output.f2[i], PICTURE_SIZE)
+        named[f"f3, {len(stream)} bytes"] = pca_picture(f3[i], PICTURE_SIZE)
         tiles += [(png(picture), words) for words, picture in named.items()]
     bpp = 8 * sum(map(len, streams)) / len(streams) / size**2
+    eliminated = "" if codec.redundancy is None else "f2 after redundancy elimination, "
     caption = (
-        f"{codec_folder.name}: f1 behind the backbone's head, f2 after redundancy elimination, f3 decoded from the "
-        f"bitstream ({bpp:.3f} bpp here). Colours are the three principal components of each."
+        f"{codec_folder.name}: f1 behind the backbone's head, {eliminated}f3 decoded from the bitstream "
+        f"({bpp:.3f} bpp here). Colours are the three principal components of each."
     )
-    return Tiles(tiles, 4, caption, f"features_{codec_folder.name}")
+    return Tiles(tiles, 3 if codec.redundancy is None else 4, caption, f"features_{codec_folder.name}")
 
 
 def document_of(folders: list[Path], pretraining: Path | None, against: str, ablations: list[str]) -> Document:
