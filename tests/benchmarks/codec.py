@@ -43,6 +43,7 @@ from pretrain.codec import bitstream
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.memory import keep_freed_memory
+from pretrain.codec.precision import has_bfloat16
 from pretrain.run import resolve
 
 PARTS = ("rate", "symbols", "variants", "speed", "memory", "growth")
@@ -363,6 +364,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()  # both sides; as `dicm encode` does
+    if not has_bfloat16(torch.device("cpu")):
+        print("this processor has no bfloat16: rows called bf16 are float32")
 
     files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
