@@ -5,8 +5,9 @@
 
 Loss: cross-entropy + 1.0 * MSE(F, F_gt). Adam, 1e-3, then 1e-4 after three quarters of the epochs. The metric is mean
 IoU over the classes that occur, in the truth or the prediction; pixels of class 255 count nowhere. A run trains its
-teacher first, into RUN/teacher.pt, unless `teacher` names one. With input=pixels the whole DeepLabv3 is trained on
-decoded pixels, to compare with.
+teacher first, into RUN/teacher.pt, unless `teacher` names one; with `transform_epochs`, gate and transform next, into
+RUN/transform.pt, on the second term of the loss alone. With input=pixels the whole DeepLabv3 is trained on decoded
+pixels, to compare with.
 
 Source: Liu, Sun, Katto 2022, sections 2 and 3.1.
 """
@@ -24,7 +25,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.scheduler import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 
 from cluster.files import write_whole
 from data_pipeline.manifest import Manifest
-from data_pipeline.masks import IGNORE, MaskDataset, TrainingCrops, survey_masks
+from data_pipeline.masks import MaskDataset, TrainingCrops, survey_masks
 from data_pipeline.samples import once, training_loader
 from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.views import normalize
@@ -40,17 +40,16 @@ from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_regions
 from downstream.evaluation.segmentation import SegmentationMetric, class_scores, constant_scores, scores
 from downstream.frozen import RateMeter, pixel_input
-from downstream.gate import Gate
 from downstream.latent_config import LatentConfig
-from downstream.latents import Received
 from downstream.stream_cache import STREAM, StreamDataset
-from downstream.tasks.deeplab import DeepLab, SegmentationTail, enlarge, load_deeplab
+from downstream.tasks.deeplab import DeepLab, load_deeplab
 from downstream.tasks.latent_input import LatentInput, feature_distance, gate_of
 from downstream.tasks.latent_task import LatentTask, num_channels
+from downstream.tasks.segmentation_network import SegmentationNetwork, segmentation_loss
 from downstream.tasks.task import Found, shard_cache_of, survey_splits
 from pretrain.codec.feature_codec import FeatureCodec
 
-TEACHER = "teacher.pt"
+TEACHER, TRANSFORM = "teacher.pt", "transform.pt"
 REMEDY = "build it with `dicm data build cityscapes SRC OUT` or `dicm data build voc SRC OUT`"
 DROP = 0.1  # of the learning rate
 
@@ -74,6 +73,7 @@ class SegmentationConfig(LatentConfig):
     scale_max: float = 2.0
     epochs: int = 400
     teacher_epochs: int = 400
+    transform_epochs: int = 0  # gate and transform learn F_gt by themselves, before the student: far less work a step
     drop_at: float = 0.75  # share of the steps after which the learning rate is a tenth
     optimizer: str = "adam"
     lr: float = 1e-3
@@ -88,6 +88,7 @@ class SegmentationConfig(LatentConfig):
         if self.start not in ("codec", "random"):
             raise TaskError(f"start={self.start} is unknown; use one of codec, random")
         self.at_least(1, "teacher_epochs")
+        self.at_least(0, "transform_epochs")
         for key in ("height", "width", "short_side"):
             if (value := getattr(self, key)) is not None and value < 64:
                 raise TaskError(f"{key}={value} is impossible; it must be at least 64")
@@ -99,43 +100,22 @@ class SegmentationConfig(LatentConfig):
         """Other latents need none."""
         return self.latents == "codec"
 
+    @property
+    def begins_with_transform(self) -> bool:
+        """Whether gate and transform are trained by themselves first: where F_gt is compared with, in a new network."""
+        return self.transform_epochs > 0 and self.distils and self.init is None
+
     def stages(self, num_samples: int) -> dict[str, int]:
-        """The teacher first, where one is needed and none is given."""
+        """The teacher first, where one is needed and none is given; the transform, where the student is a new one."""
         steps = num_samples // self.batch_size
         if self.input == "pixels":
             return {"pixels": self.epochs * steps}
-        student = {"student": self.epochs * steps}
-        if self.teacher is not None:
-            return student
-        return {"teacher": self.teacher_epochs * steps, **student}
-
-
-class SegmentationNetwork(nn.Module):
-    """The student: logits of latents.
-
-    Args:
-        gate: over the latent's channels.
-        kind: of the transform.
-        deeplab: whose tail, behind F, becomes the student's.
-    """
-
-    def __init__(self, gate: Gate, kind: str, deeplab: DeepLab):
-        super().__init__()
-        self.input = LatentInput(gate, kind, deeplab.channels)
-        self.tail: SegmentationTail = deeplab.tail
-
-    def forward(self, y_hat: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Logits (N, num_classes, height, width) and F (N, C1, ceil(height/4), ceil(width/4)) of images' y_hat."""
-        features = self.input(y_hat, height, width)
-        return self.read(features, height, width), features
-
-    def from_base(self, received: Received) -> Tensor:
-        """Logits (1, num_classes, height, width) of what a stream's base gave."""
-        return self.read(self.input.from_base(received), received.height, received.width)
-
-    def read(self, features: Tensor, height: int, width: int) -> Tensor:
-        """Logits of F."""
-        return enlarge(self.tail(features).float(), height, width)
+        epochs = {"student": self.epochs}
+        if self.begins_with_transform:
+            epochs = {"transform": self.transform_epochs, **epochs}
+        if self.teacher is None:
+            epochs = {"teacher": self.teacher_epochs, **epochs}
+        return {stage: count * steps for stage, count in epochs.items()}
 
 
 class MaskBatch(NamedTuple):
@@ -151,7 +131,7 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
 
     Config = SegmentationConfig
     metrics = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy"}  # noqa: RUF012
-    model: SegmentationNetwork | DeepLab
+    model: SegmentationNetwork | LatentInput | DeepLab
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -207,15 +187,21 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
         deeplab = self._new_deeplab()
         if self.stage in ("teacher", "pixels"):
             return deeplab
-        return SegmentationNetwork(gate_of(self.config, self.source.channels), self.config.transform, deeplab)
+        gate = gate_of(self.config, self.source.channels)
+        if self.stage == "transform":
+            return LatentInput(gate, self.config.transform, deeplab.channels)
+        return SegmentationNetwork(gate, self.config.transform, deeplab)
 
     def _new_deeplab(self) -> DeepLab:
         assert self.config.backbone is not None
         return DeepLab(self.config.backbone, len(self.config.classes))
 
     def begin(self) -> None:
-        """Start from the codec's ResNet (teacher), or from the teacher (student)."""
+        """Start from the codec's ResNet (teacher), or from the teacher and a transform that was trained (student)."""
         config = self.config
+        if isinstance(self.model, LatentInput):
+            self.choose_varied(sample.image for sample in once(self.dataset(config.train_split)))
+            return
         if isinstance(self.model, DeepLab) and (self.stage == "teacher" or config.teacher is None):
             if config.start == "codec" and self.codec is not None:
                 self.model.start_from(self.codec.backbone)
@@ -225,7 +211,14 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
             self.model.load_state_dict(teacher.state_dict())
             return
         self.model.tail.load_state_dict(teacher.tail.state_dict())
-        self.choose_varied(sample.image for sample in once(self.dataset(config.train_split)))
+        if config.begins_with_transform:
+            path = Path(config.run) / TRANSFORM
+            try:
+                self.model.input.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            except OSError as error:
+                raise TaskError(f"{path}: cannot be read ({error.strerror}); start a new run") from error
+        else:
+            self.choose_varied(sample.image for sample in once(self.dataset(config.train_split)))
 
     def _load_teacher(self) -> DeepLab:
         assert self.config.backbone is not None
@@ -241,18 +234,25 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
         return self._teacher_head
 
     def finish(self) -> None:
-        """Keep a trained teacher, for this run and others; a network on clean pixels can be one."""
-        teaches = self.stage == "teacher" or (self.stage == "pixels" and self.config.anchor is None)
-        if teaches and self.runtime.rank == 0:
-            buffer = io.BytesIO()
-            torch.save({name: tensor.cpu() for name, tensor in self.model.state_dict().items()}, buffer)
-            try:
-                write_whole(Path(self.config.run) / TEACHER, buffer.getvalue())
-            except OSError as error:
-                raise TaskError(
-                    f"{self.config.run}/{TEACHER}: cannot be written ({error.strerror}); free space, run it again"
-                ) from error
+        """Keep a trained transform, and a trained teacher, for other runs too; a network on clean pixels can be one."""
+        if self.stage == "transform":
+            self._keep(TRANSFORM)
+        elif self.stage == "teacher" or (self.stage == "pixels" and self.config.anchor is None):
+            self._keep(TEACHER)
         self.runtime.barrier()
+
+    def _keep(self, name: str) -> None:
+        """Write the weights into the run folder (TaskError where that is not possible)."""
+        if self.runtime.rank:
+            return
+        buffer = io.BytesIO()
+        torch.save({key: tensor.cpu() for key, tensor in self.model.state_dict().items()}, buffer)
+        try:
+            write_whole(Path(self.config.run) / name, buffer.getvalue())
+        except OSError as error:
+            raise TaskError(
+                f"{self.config.run}/{name}: cannot be written ({error.strerror}); free space, run it again"
+            ) from error
 
     def dataset(self, split: str) -> MaskDataset:
         """The usable samples of a split; those for training as crops."""
@@ -304,7 +304,10 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
     def loss(
         self, module: Callable[..., Any], batch: MaskBatch, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Any]]:
-        """L = cross-entropy + feature_weight * MSE(F, F_gt) (Liu, equations 1 to 3); of DeepLabv3s, the first alone."""
+        """L = cross-entropy + feature_weight * MSE(F, F_gt) (Liu, equations 1 to 3); of DeepLabv3s the first alone.
+
+        Of a transform by itself, MSE(F, F_gt).
+        """
         config = self.config
         if self.stage == "teacher":
             assert batch.images is not None
@@ -319,16 +322,23 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
             y_hat = torch.stack(self.source.decode_all(batch.streams))
         else:
             y_hat = self.source.latents(batch.images)
+        if self.stage == "transform":
+            distance = self._distance(module(y_hat, *batch.masks.shape[-2:]), batch)
+            return distance, {"feature_mse": distance.detach()}
         logits, features = module(y_hat, *batch.masks.shape[-2:])
         cross_entropy = segmentation_loss(logits, batch.masks)
         figures = {"cross_entropy": cross_entropy.detach()}
         if not config.distils:
             return cross_entropy, figures
+        distance = self._distance(features, batch)
+        return cross_entropy + config.feature_weight * distance, {**figures, "feature_mse": distance.detach()}
+
+    def _distance(self, features: Tensor, batch: MaskBatch) -> Tensor:
+        """MSE(F, F_gt) of a batch with its images."""
         assert batch.images is not None
         with torch.no_grad():
             target = self.teacher_head(normalize(batch.images.float() / 255))
-        distance = feature_distance(features, target)
-        return cross_entropy + config.feature_weight * distance, {**figures, "feature_mse": distance.detach()}
+        return feature_distance(features, target)
 
     def scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> Scheduler:
         """A tenth of the rate after `drop_at`."""
@@ -360,9 +370,9 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
 
     def _logits(self, received: Any, height: int, width: int) -> Tensor:
         with self.autocast():
-            if isinstance(self.model, DeepLab):
-                return self.model(received).float()
-            return self.model.from_base(received)
+            if isinstance(self.model, SegmentationNetwork):
+                return self.model.from_base(received)
+            return self.model(received).float()
 
     def prepare(self, image: Tensor) -> Tensor:
         """The image itself, or resized as those of the data set were."""
@@ -389,12 +399,6 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
     def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
         """A colour for each class, and a legend."""
         return draw_regions(picture, prediction["regions"])
-
-
-def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Cross-entropy of logits (N, K, H, W) and masks (N, H, W) int64 over the pixels that count; 0 where none does."""
-    losses = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
-    return losses / (masks != IGNORE).sum().clamp(min=1)
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -35,7 +35,7 @@ from data_pipeline.views import normalize
 from downstream.compressai_latents import SeparableLatents, create_latents
 from downstream.gate import create_gate
 from downstream.tasks.deeplab import DeepLab, enlarge
-from downstream.tasks.semantic_segmentation import SegmentationNetwork
+from downstream.tasks.segmentation_network import SegmentationNetwork
 from downstream.transform import TRANSFORMS, LatentTransform
 from pretrain.codec.memory import keep_freed_memory
 

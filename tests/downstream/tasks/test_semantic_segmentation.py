@@ -27,7 +27,8 @@ from downstream.gate import Gate, create_gate
 from downstream.latents import FeatureLatents
 from downstream.tasks.deeplab import DeepLab
 from downstream.tasks.latent_input import feature_distance
-from downstream.tasks.semantic_segmentation import SegmentationConfig, SegmentationNetwork, segmentation_loss
+from downstream.tasks.segmentation_network import SegmentationNetwork, segmentation_loss
+from downstream.tasks.semantic_segmentation import SegmentationConfig
 from downstream.transform import TRANSFORMS
 
 GATE_CHOICES = {"dynamic": None, "static": [1, 4, 20], "variance": [0, 31], "none": None}
@@ -171,7 +172,7 @@ def test_metric__perfect_is_one():
 
 def options(codec: Path, data: Path, run: Path, *more: str) -> list[str]:
     return [f"codec={codec}", f"data={data}", f"run={run}", "launcher=local", "precision=fp32", "epochs=2",
-            "log_every=1", "keep_checkpoints=20", "checkpoint_every=1", *SMALL_CROPS, *more]  # fmt: skip
+            "transform_epochs=1", "log_every=1", "keep_checkpoints=20", "checkpoint_every=1", *SMALL_CROPS, *more]  # fmt: skip
 
 
 def fine_tune(codec: Path, data: Path, run: Path, *more: str) -> dict[str, Any]:
@@ -200,10 +201,12 @@ def results_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "results.json").read_text())
 
 
-def test_run__trains_a_teacher_and_then_a_student(trained: Path):
+def test_run__trains_a_teacher_then_a_transform_and_then_a_student(trained: Path):
     rows = read_rows(trained / "metrics.jsonl")
-    assert [row["stage"] for row in rows] == ["teacher"] * 2 + ["student"] * 4
-    assert "feature_mse" in rows[-1] and rows[-1]["feature_mse"] < rows[2]["feature_mse"]
+    assert [row["stage"] for row in rows] == ["teacher"] * 2 + ["transform"] * 2 + ["student"] * 4
+    assert rows[2]["loss"] == rows[2]["feature_mse"] > rows[3]["feature_mse"]
+    assert rows[4]["feature_mse"] < rows[2]["feature_mse"]  # the student begins with what the transform has learned
+    assert rows[-1]["loss"] == pytest.approx(rows[-1]["cross_entropy"] + rows[-1]["feature_mse"])
     results = results_of(trained)
     assert 0 <= results["miou"] <= results["pixel_accuracy"] <= 1 and results["images"] == 4
     assert results["gate"] == "dynamic" and 1 <= results["channels"] <= 32
@@ -221,18 +224,20 @@ def test_run__evaluates_the_bytes_of_real_streams_with_the_chosen_channels(train
     assert all(list(task.source.codec.describe(stream).layers) == ["base"] for stream in streams)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
 def test_run__a_resumed_run_ends_in_the_same_weights(step: int, trained: Path, place: Path, tmp_path: Path):
-    """Cut within the teacher's stage, between the stages, and within the student's."""
+    """Cut within the stages of teacher, transform and student, and between them."""
     again = shutil.copytree(trained, tmp_path / "again")
     (again / "results.json").unlink()
     if step == 1:
         (again / "teacher.pt").unlink()
+    if step < 4:
+        (again / "transform.pt").unlink()
     for folder in sorted((again / "checkpoints").iterdir())[step:]:
         shutil.rmtree(folder)
     resumed = fine_tune(place / "codec", place / "scenes", again)
     assert {**resumed, "seconds": 0} == {**results_of(trained), "seconds": 0}
-    states = [torch.load(run / "checkpoints" / "step_00000006" / "state.pt", weights_only=True)["model"]
+    states = [torch.load(run / "checkpoints" / "step_00000008" / "state.pt", weights_only=True)["model"]
               for run in (trained, again)]  # fmt: skip
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
 
