@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -155,9 +155,8 @@ class LocalRuntime(Runtime):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         super().__init__(int(os.environ.get("RANK", "0")), world, local_rank, device_of(local_rank))
         self._told = threading.Event()
-        self._handler: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, lambda *_: self._told.set())
+        self._listening = ExitStack()
+        self._listening.enter_context(on_sigterm(self._told.set))
         self._joined = world > 1 and not dist.is_initialized()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -170,8 +169,7 @@ class LocalRuntime(Runtime):
         """Leave the process group and give SIGTERM back."""
         if self._joined:
             dist.destroy_process_group()
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
+        self._listening.close()
 
     def _look_for_notice(self) -> Notice:
         return Notice.STOP if self._told.is_set() else Notice.NONE
@@ -197,19 +195,29 @@ def threads_per_worker(workers: int) -> int:
 
 @contextmanager
 def on_sigterm(action: Callable[[], None]) -> Iterator[None]:
-    """Call `action` at SIGTERM while the block lasts; nothing off the main thread, where signals never arrive."""
+    """Call `action` at SIGTERM while the block lasts, and those of the blocks around it.
+
+    A run that has nothing left to stop when it is told may be one of many: what does them one by one listens, too. Off
+    the main thread, where signals never arrive, nothing is called.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        action()
-
-    before = signal.signal(signal.SIGTERM, handle)
+    before = signal.signal(signal.SIGTERM, _tell_all)
+    _actions.append(action)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        _actions.remove(action)
+
+
+_actions: list[Callable[[], None]] = []  # of the blocks that SIGTERM reaches now
+
+
+def _tell_all(number: int, frame: FrameType | None) -> None:
+    for action in tuple(_actions):
+        action()
 
 
 def run(

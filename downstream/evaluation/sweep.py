@@ -22,9 +22,11 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.errors import is_ours
 from cluster.files import write_whole
 from cluster.recipes import change_config, config_diff, load_saved, save_config
+from cluster.runtime import on_sigterm
 from downstream import finetune
 from downstream.channels import select_channels
 from downstream.errors import StoppedError, TaskError
@@ -77,11 +80,13 @@ def sweep(config: SweepConfig, tell: Callable[[Progress], None] = lambda _: None
     _check_folder(config, out)
     save_config(config, out / OPTIONS)
     failures: list[str] = []
-    for wave in (
-        [point for point in points if point.waits_for is None],
-        [point for point in points if point.waits_for is not None],
-    ):
-        failures += _measure(config, wave, out, points, tell)
+    _told.clear()
+    with on_sigterm(_stop):
+        for wave in (
+            [point for point in points if point.waits_for is None],
+            [point for point in points if point.waits_for is not None],
+        ):
+            failures += _measure(config, wave, out, points, tell)
     rows = collect(out)
     write_table(out, rows)
     if failures:
@@ -131,7 +136,7 @@ def _measure(
         threads = max(1, len(os.sched_getaffinity(0)) // config.parallel)
         context = multiprocessing.get_context("spawn")
         workers = min(config.parallel, len(waiting))
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
             running = {pool.submit(measure_point, config, point, out): point for point in waiting}
             try:
                 for future in as_completed(running):
@@ -142,13 +147,32 @@ def _measure(
     return failures
 
 
+_told = threading.Event()  # to stop; of a sweep or of one of its processes
+_listening = ExitStack()  # of such a process
+
+
+def _stop() -> None:
+    """Stop at the next step, in all processes."""
+    _told.set()
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+
+
+def _start_worker(threads: int) -> None:
+    """Begin a process of a sweep: what it measures listens to SIGTERM, and so does it between two points."""
+    torch.set_num_threads(threads)
+    _listening.enter_context(on_sigterm(_told.set))
+
+
 def folder_of(out: Path, point: Point) -> Path:
     """The fine-tune of a point."""
     return out / POINTS / Path(point.run).name / point.name
 
 
 def measure_point(config: SweepConfig, point: Point, out: Path) -> dict[str, Any]:
-    """Fine-tune, or go on with it; measure costs; the row of the table."""
+    """Fine-tune, or go on with it; measure costs; the row of the table (StoppedError: told to stop)."""
+    if _told.is_set():
+        raise StoppedError(f"stopped before {point.name}; the same command goes on with {out}")
     folder = folder_of(out, point)
     options = point_config(config, point, folder)
     results = finetune.run(options)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from downstream import finetune
-from downstream.errors import TaskError
+from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import points_of, resolve
 from downstream.evaluation.sweep import COLUMNS, sweep
 from downstream.results import read_results
@@ -51,6 +53,17 @@ def test_sweep__what_is_done_is_not_done_again_and_more_points_are_added(swept: 
     rows = sweep(config, lambda progress: done.append(progress.point.name))
     assert done == ["jpeg-40-frozen"] and len(rows) == 7
     assert read_results(swept / "points" / "clean" / "jpeg-5-frozen") == before
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_sweep__told_to_stop_when_a_point_is_done_it_begins_no_other(parallel: int, clean: Path, tmp_path: Path):
+    config = resolve("classification", [f"runs={clean}", f"out={tmp_path}", "anchors=jpeg", "qualities=5,20,40,60,80",
+                                        "streams=false", "protocols=frozen", f"parallel={parallel}"])  # fmt: skip
+    with pytest.raises(StoppedError, match="the same command goes on"):
+        sweep(config, lambda progress: os.kill(os.getpid(), signal.SIGTERM))
+    done = len(list(tmp_path.glob("points/*/*/costs.json")))
+    assert 1 <= done <= 2 * parallel  # each process ends the point that it has begun
+    assert len(sweep(config)) == 5
 
 
 def test_sweep__other_options_in_the_same_folder_are_refused(swept: Path, clean: Path):
