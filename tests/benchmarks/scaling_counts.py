@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from cluster.checkpoint import CheckpointStore
@@ -36,6 +38,9 @@ from pretrain.stages import Stage
 from pretrain.trainer import Trainer
 
 IMAGES = 2  # of the step that is counted; batch norm of the heads needs more than one
+PRODUCTS = {
+    getattr(torch.ops.aten, name) for name in ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
+}
 FREE = ("empty", "detach", "_unsafe_view", "_reshape_alias", "lift_fresh")  # besides views: operators without a kernel
 
 
@@ -88,9 +93,11 @@ def count_stages(recipe: str, *overrides: str) -> list[StageCounts]:
         small = [f"stages.{stage.name}.batch_size={IMAGES}" for stage in wanted.stages]
         options = [f"data={data}", f"run={scratch}/run", "workers=1", "launcher=local", "ssl.heatmap.warmup=0",
                    "num_workers=0", "log_every=1000000", "picture_every=1000000", *overrides, *small]  # fmt: skip
-        STRIP_POSITIONS.clear()  # count what a GPU is asked for
-        trainer = Trainer(LocalRuntime(), resolve(recipe, options))
-        counts = [_count(trainer, index, stage.batch_size) for index, stage in enumerate(wanted.stages)]
+        # Count what a GPU is asked for, bfloat16 where the recipe wants it.
+        STRIP_POSITIONS.clear()
+        with patch("pretrain.codec.precision.has_bfloat16", return_value=True), ProductsInFloat():
+            trainer = Trainer(LocalRuntime(), resolve(recipe, options))
+            counts = [_count(trainer, index, stage.batch_size) for index, stage in enumerate(wanted.stages)]
         trainer.logger.close()
     return counts
 
@@ -130,6 +137,21 @@ def _count(trainer: Trainer, index: int, batch_size: int) -> StageCounts:
         keys,
         trainer.config.canvas_size,
     )
+
+
+class ProductsInFloat(TorchDispatchMode):
+    """Computes bfloat16 products in float32, which processors without bfloat16 do many times as fast; modes within see
+    bfloat16.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.overloadpacket not in PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
+        return tree_map_only(Tensor, Tensor.bfloat16, func(*args, **kwargs))
 
 
 class StepCounter(TorchDispatchMode):
@@ -179,8 +201,10 @@ def gathered_bytes(config: PretrainConfig, stage: Stage, method: nn.Module) -> t
     """Bytes of an image that every rank gathers for MoCo: of its two views, and of its two keys."""
     if not (stage.contrastive and isinstance(method, MoCo)):
         return 0, 0
-    restored = 2 if config.precision == "bf16" else 4  # as the head leaves them; the queue's are float32
-    return 2 * 3 * stage.image_size**2 * 4, 2 * config.ssl.dim * (restored + 4)
+    return (
+        2 * 3 * stage.image_size**2 * 4,
+        2 * config.ssl.dim * 2 * 4,
+    )  # keys once as they are restored, once for the queue
 
 
 def tensor_bytes(state: Any) -> int:
