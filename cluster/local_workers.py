@@ -57,7 +57,7 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
             _terminate(processes)
 
         with on_sigterm(tell):
-            with _sigterm_held_back():
+            with sigterm_held_back():
                 for rank in range(workers):
                     receiver, sender = context.Pipe(duplex=False)
                     arguments = (function, config, rank, workers, store.port, sender)
@@ -81,7 +81,7 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
 
 
 @contextmanager
-def _sigterm_held_back() -> Iterator[None]:
+def sigterm_held_back() -> Iterator[None]:
     """SIGTERM waits while the block lasts, and in processes started in it until they take it.
 
     One that imports still has no handler, and would die of what is to let it save and end.
@@ -165,8 +165,9 @@ def _work_in_process(
     }
     try:
         runtime = LocalRuntime()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back until there was a handler
-        function(runtime, config)
+        with on_sigterm(runtime.stop):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back until there was a handler
+            function(runtime, config)
     except Exception as error:
         # Said before the connections close: what the other ranks then raise is later, and no cause.
         failure = Failure(rank, traceback=traceback.format_exc()[-TRACEBACK_CHARACTERS:])

@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -144,10 +144,7 @@ class Runtime:
 
 
 class LocalRuntime(Runtime):
-    """Plain torch: rank and world as torchrun (or `run`) put them into the environment, or a world of one.
-
-    SIGTERM, the notice that a scheduler gives, makes `should_stop` true until `close`.
-    """
+    """Plain torch: rank and world as torchrun (or `run`) put them into the environment, or a world of one."""
 
     def __init__(self) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -155,8 +152,6 @@ class LocalRuntime(Runtime):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         super().__init__(int(os.environ.get("RANK", "0")), world, local_rank, device_of(local_rank))
         self._told = threading.Event()
-        self._listening = ExitStack()
-        self._listening.enter_context(on_sigterm(self._told.set))
         self._joined = world > 1 and not dist.is_initialized()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -166,10 +161,13 @@ class LocalRuntime(Runtime):
             dist.init_process_group(backend_for(local_world))
 
     def close(self) -> None:
-        """Leave the process group and give SIGTERM back."""
+        """Leave the process group."""
         if self._joined:
             dist.destroy_process_group()
-        self._listening.close()
+
+    def stop(self) -> None:
+        """Make `should_stop` true; what SIGTERM, the notice that a scheduler gives, does while `run` lasts."""
+        self._told.set()
 
     def _look_for_notice(self) -> Notice:
         return Notice.STOP if self._told.is_set() else Notice.NONE
@@ -270,6 +268,7 @@ def _work(function: WorkerFunction[C], config: C) -> None:
     """Run `function` as the worker that the environment describes."""
     runtime = LocalRuntime()
     try:
-        function(runtime, config)
+        with on_sigterm(runtime.stop):
+            function(runtime, config)
     finally:
         runtime.close()

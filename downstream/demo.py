@@ -13,6 +13,7 @@ Every step leaves its result on disk and is passed over when it is there, so a d
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.runtime import on_sigterm
 from data_pipeline.scenes import write_scenes
 from downstream import finetune
 from downstream.errors import TaskError
@@ -121,11 +123,15 @@ class Timings:
             return
         self.console.print(name, style="bold", markup=False)
         start = time.perf_counter()
+        told = threading.Event()
         try:
-            work()
+            with on_sigterm(told.set):
+                work()
         finally:  # a step that was interrupted and goes on later counts both times
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 1)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
         if not result.exists():
             raise TaskError(f"{name} was stopped before {result} was written; the same command goes on from there")
+        if told.is_set():  # by a notice that came when there was nothing left to stop
+            raise TaskError(f"stopped after {name}; the same command goes on from there")

@@ -21,6 +21,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import threading
 import time
@@ -37,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import is_ours
 from cluster.files import write_whole
+from cluster.local_workers import sigterm_held_back
 from cluster.recipes import change_config, config_diff, load_saved, save_config
 from cluster.runtime import on_sigterm
 from downstream import finetune
@@ -137,7 +139,8 @@ def _measure(
         context = multiprocessing.get_context("spawn")
         workers = min(config.parallel, len(waiting))
         with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
-            running = {pool.submit(measure_point, config, point, out): point for point in waiting}
+            with sigterm_held_back():  # by processes that have no handler yet, too
+                running = {pool.submit(measure_point, config, point, out): point for point in waiting}
             try:
                 for future in as_completed(running):
                     collect_one(running[future], future.result)
@@ -162,6 +165,7 @@ def _start_worker(threads: int) -> None:
     """Begin a process of a sweep: what it measures listens to SIGTERM, and so does it between two points."""
     torch.set_num_threads(threads)
     _listening.enter_context(on_sigterm(_told.set))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def folder_of(out: Path, point: Point) -> Path:

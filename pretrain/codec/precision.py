@@ -9,7 +9,7 @@ def autocast(device: torch.device, precision: str, enabled: bool = True) -> torc
     """Context in which networks compute on `device`: under bf16 their convolutions and products are bfloat16.
 
     A device that would only imitate bfloat16 computes in float32. PyTorch's convolutions on a processor with neither
-    AVX-512 nor Arm's bf16 leave oneDNN then and take twenty times as long; GPUs before Ampere convert to and fro.
+    AVX-512 nor Arm's bf16 leave oneDNN then, for loops many times as slow; GPUs before Ampere convert to and fro.
 
     Args:
         precision: `fp32` or `bf16`.

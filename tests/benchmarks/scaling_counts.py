@@ -201,10 +201,8 @@ def gathered_bytes(config: PretrainConfig, stage: Stage, method: nn.Module) -> t
     """Bytes of an image that every rank gathers for MoCo: of its two views, and of its two keys."""
     if not (stage.contrastive and isinstance(method, MoCo)):
         return 0, 0
-    return (
-        2 * 3 * stage.image_size**2 * 4,
-        2 * config.ssl.dim * 2 * 4,
-    )  # keys once as they are restored, once for the queue
+    gathers = 2  # of the keys: to restore their order, and for the queue
+    return 2 * 3 * stage.image_size**2 * 4, 2 * config.ssl.dim * gathers * 4
 
 
 def tensor_bytes(state: Any) -> int:

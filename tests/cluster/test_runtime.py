@@ -25,7 +25,7 @@ from worker_functions import (
 )
 
 from cluster.errors import CheckpointError, RunError
-from cluster.runtime import run
+from cluster.runtime import LocalRuntime, on_sigterm, run
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}"}
@@ -63,6 +63,24 @@ def test_run__one_worker_in_this_process(tmp_path: Path):
     assert fact["gathered"] == [[0.0, 0.0]]
     assert torch.get_num_threads() == threads
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_local_runtime__takes_sigterm_only_while_it_runs():
+    """One that predicts or evaluates must not keep its process from being stopped."""
+    handler = signal.getsignal(signal.SIGTERM)
+    runtime = LocalRuntime()
+    assert signal.getsignal(signal.SIGTERM) == handler and not runtime.should_stop
+    runtime.stop()
+    assert runtime.should_stop
+
+
+def test_on_sigterm__tells_the_blocks_around_it_too():
+    heard: list[str] = []
+    with on_sigterm(lambda: heard.append("outer")):
+        with on_sigterm(lambda: heard.append("inner")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == ["outer", "inner", "outer"]
 
 
 def test_run__errors_of_one_worker_keep_their_traceback(tmp_path: Path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,5 +59,12 @@ def test_step__interrupted_work_is_timed_and_done_again(tmp_path: Path):
 
 def test_step__work_that_was_told_to_stop_does_not_go_on_to_the_next(tmp_path: Path):
     timings = Timings(tmp_path / "timings.json", Console(file=io.StringIO()))
+
+    def told_when_all_is_done() -> None:
+        (tmp_path / "done").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TaskError, match="stopped after work"):
+        timings.step("work", tmp_path / "done", told_when_all_is_done)
     with pytest.raises(TaskError, match="work was stopped"):
         timings.step("work", tmp_path / "result", lambda: None)

@@ -27,8 +27,8 @@ from downstream.gate import Gate, create_gate
 from downstream.latents import FeatureLatents
 from downstream.tasks.deeplab import DeepLab
 from downstream.tasks.latent_input import feature_distance
+from downstream.tasks.segmentation_config import SegmentationConfig
 from downstream.tasks.segmentation_network import SegmentationNetwork, segmentation_loss
-from downstream.tasks.semantic_segmentation import SegmentationConfig
 from downstream.transform import TRANSFORMS
 
 GATE_CHOICES = {"dynamic": None, "static": [1, 4, 20], "variance": [0, 31], "none": None}
