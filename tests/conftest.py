@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from http_store import HttpStore, serving
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from data_pipeline.manifest import Shard
 
 REPOSITORY = Path(__file__).parent.parent
 NARROW = [
@@ -46,6 +52,31 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "scenes"
     write_scenes(folder, train=48, val=16, size=64, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of random bytes in shards of equal size."""
+    from noise_set import write_noise
+
+    folder = tmp_path_factory.mktemp("store") / "set"
+    write_noise(folder)
+    return folder
+
+
+@pytest.fixture
+def store(noise: Path) -> Iterator[HttpStore]:
+    """That data set, served over HTTP."""
+    with serving(noise) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def shards(noise: Path) -> tuple[Shard, ...]:
+    """The shards of that data set."""
+    from data_pipeline.manifest import Manifest
+
+    return Manifest.load(noise).split("train").shards
 
 
 def small_run(data: Path, run: Path, *overrides: str):
