@@ -22,6 +22,7 @@ from cluster.files import write_whole
 from downstream.errors import TaskError
 
 PNG_DPI = 150
+PHONE_COLUMNS = 3  # those of .many; a row of more goes on in the next line there
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1d2126; --soft: #5c6670; --ground: #fbfbfa; --card: #ffffff; --line: #e2e4e7; }
@@ -46,7 +47,7 @@ th:first-child, td:first-child { text-align: left; } th { color: var(--soft); fo
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .9rem;
   overflow-x: auto; font-size: .85rem; }
 @media (max-width: 34rem) { main { padding: 1.25rem .8rem 3rem; } figure { padding: .6rem; }
-  .tiles { grid-template-columns: repeat(2, 1fr) !important; } }
+  .many { grid-template-columns: repeat(3, 1fr) !important; } .first { grid-column-start: 1; } }
 """
 
 
@@ -157,8 +158,12 @@ def _html(block: Block) -> str:
     elif isinstance(block, Picture):
         content = _image(block.png)
     else:
-        tiles = "".join(f"<div>{_image(png)}{html.escape(words)}</div>" for png, words in block.tiles)
-        content = f"<div class='tiles' style='grid-template-columns: repeat({block.columns}, 1fr)'>{tiles}</div>"
+        tiles = "".join(
+            f"<div class='{'' if number % block.columns else 'first'}'>{_image(png)}{html.escape(words)}</div>"
+            for number, (png, words) in enumerate(block.tiles)
+        )
+        many = " many" if block.columns > PHONE_COLUMNS else ""
+        content = f"<div class='tiles{many}' style='grid-template-columns: repeat({block.columns}, 1fr)'>{tiles}</div>"
     return f"<figure>{content}<figcaption>{html.escape(block.caption)}</figcaption></figure>"
 
 

@@ -30,6 +30,7 @@ def png(image: Tensor) -> bytes:
 def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
     """Accuracy over bits per pixel, a line for each codec; clean pixels as a level line."""
     metric, title = next(iter(metric_titles(results[0]).items()))
+    highest = 100 * max(row[metric] or 0.0 for row in results)
     figure, axes = axes_of("bits per pixel of the validation images, whole files", f"{title}, %")
     for name, rows in grouped(results).items():
         colour = SERIES.get(name, INK)
@@ -43,24 +44,25 @@ def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
         axes.plot(rates, accuracies, color=colour, marker=MARKERS.get(name, "o"), linewidth=1.8, label=name)
         for i, (rate, accuracy, row) in enumerate(zip(rates, accuracies, rows, strict=True)):
             style = {"color": colour, "fontsize": 9, "textcoords": "offset points"}
-            # Above and below in turn: texts of near points do not cover each other.
-            axes.annotate(
-                row["anchor"] or f"{rate:.3f} bpp", (rate, accuracy), xytext=((-12, 8), (6, -12))[i % 2], **style
-            )
+            # Below and above in turn, beside a curve that rises: texts cover neither it nor those of near points.
+            offset, align = (((6, -12), "left"), ((-2, 8), "right"))[i % 2]
+            axes.annotate(row["anchor"] or f"{rate:.3f} bpp", (rate, accuracy), xytext=offset, ha=align, **style)
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.0, 1.15 * highest))
     axes.legend(frameon=False, labelcolor=INK)
     return figure
 
 
 def training_figure(rows: list[dict[str, Any]], key: str, label: str) -> Figure:
-    """A metric of a run over its steps, one colour a stage."""
+    """A metric of a run over its steps, one colour a stage; accuracies from zero."""
     figure, axes = axes_of("step", label, height=2.4)
     stages = list(dict.fromkeys(row["stage"] for row in rows if key in row and "stage" in row))
     for stage, colour in zip(stages, [*SERIES.values()] * 2, strict=False):
         chosen = [row for row in rows if row.get("stage") == stage and row.get(key) is not None]
         steps, values = [row["step"] for row in chosen], [row[key] for row in chosen]
         axes.plot(steps, values, color=colour, marker="o" if len(values) < 12 else None, markersize=4, label=stage)
+    if key == "knn":
+        axes.set_ylim(0, 1.15 * max(row.get("knn") or 0.0 for row in rows))
     axes.legend(frameon=False, labelcolor=INK, ncols=4, fontsize=9)
     return figure
 
