@@ -16,6 +16,7 @@ from small_codecs import create_codec
 from small_objects import NARROW_DETECTOR, SMALL_CROPS, rectangles, write_objects
 
 from cluster.metrics import read_rows
+from cluster.runtime import on_sigterm
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from downstream import finetune, stream_cache
@@ -208,6 +209,7 @@ def test_build_streams__sigterm_stops_between_parts(
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert not stream_cache.build_streams(task, tell)
+    with on_sigterm(task.runtime.stop):
+        assert not stream_cache.build_streams(task, tell)
     assert done == [1, 2]
     task.runtime.close()
