@@ -30,7 +30,6 @@ def png(image: Tensor) -> bytes:
 def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
     """Accuracy over bits per pixel, a line for each codec; clean pixels as a level line."""
     metric, title = next(iter(metric_titles(results[0]).items()))
-    highest = 100 * max(row[metric] or 0.0 for row in results)
     figure, axes = axes_of("bits per pixel of the validation images, whole files", f"{title}, %")
     for name, rows in grouped(results).items():
         colour = SERIES.get(name, INK)
@@ -48,7 +47,7 @@ def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
             offset, align = (((6, -12), "left"), ((-2, 8), "right"))[i % 2]
             axes.annotate(row["anchor"] or f"{rate:.3f} bpp", (rate, accuracy), xytext=offset, ha=align, **style)
     axes.set_xlim(left=0)
-    axes.set_ylim(0, max(1.0, 1.15 * highest))
+    _from_zero(axes)
     axes.legend(frameon=False, labelcolor=INK)
     return figure
 
@@ -62,9 +61,14 @@ def training_figure(rows: list[dict[str, Any]], key: str, label: str) -> Figure:
         steps, values = [row["step"] for row in chosen], [row[key] for row in chosen]
         axes.plot(steps, values, color=colour, marker="o" if len(values) < 12 else None, markersize=4, label=stage)
     if key == "knn":
-        axes.set_ylim(0, 1.15 * max(row.get("knn") or 0.0 for row in rows))
+        _from_zero(axes)
     axes.legend(frameon=False, labelcolor=INK, ncols=4, fontsize=9)
     return figure
+
+
+def _from_zero(axes: Any) -> None:
+    """Let the vertical axis begin at zero and end clear of markers and texts."""
+    axes.set_ylim(0, 1.15 * axes.dataLim.ymax or 1.0)
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
