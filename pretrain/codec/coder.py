@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.codec import bitstream
 from pretrain.codec.backbone import crop_to
 from pretrain.codec.bitstream import ChannelList, Layer, StreamInfo, symbol_digest
 from pretrain.codec.config import CodecConfig
-from pretrain.codec.context import CheckerboardContext, anchor_mask
+from pretrain.codec.context import Code, ContextModel, predict_in_steps
 from pretrain.codec.entropy import (
     MAX_SYMBOL,
     SCALE_LEVELS,
@@ -71,7 +72,7 @@ class StreamCoder:
         config: CodecConfig,
         entropy: LatentEntropy,
         h_s: HyperSynthesis,
-        context: CheckerboardContext | None,
+        context: ContextModel | None,
         gains: tuple[RateGains, RateGains] | None,
         tables: CoderTables,
         fingerprint: bytes,
@@ -118,10 +119,13 @@ class StreamCoder:
         y2, covered = y2.double(), covered_places(y2, height, width)
         z_symbols = _symbols(z.double() * z_gain - self.medians)
         predicted = self.predict(z_symbols, rates)
-        y2_symbols = _symbols((y2 - predicted.means) * y2_gain) * covered
+
+        def quantize(means: Tensor) -> Tensor:
+            return _symbols((y2 - means) * y2_gain) * covered
+
         if self.context is not None:
-            predicted = self._second_pass(y2_symbols, predicted, y2_gain)
-            y2_symbols = _symbols((y2 - predicted.means) * y2_gain) * covered
+            predicted = self._in_steps(predicted, y2_gain, lambda _, means, __: quantize(means) / y2_gain + means)
+        y2_symbols = quantize(predicted.means)
         lists: list[ChannelList | None] = [None] * len(z)
         if channels is not None:
             y2_hat = (y2_symbols / y2_gain + predicted.means).float()
@@ -176,7 +180,7 @@ class StreamCoder:
                 self._read_layers(*image)
         else:
             size = height, width
-            predicted = self._read_checkerboard(images, readers, z_symbols, predicted, y2_gain, y2_symbols, size)
+            predicted = self._read_in_steps(images, readers, z_symbols, predicted, y2_gain, y2_symbols, size)
         y2_hat = y2_symbols.to(predicted.means.device) / y2_gain + predicted.means
         return y2_hat.float(), height, width
 
@@ -210,17 +214,22 @@ class StreamCoder:
             means, scales = self._in_chunks(self.h_s, z_hat, tokens=16 * z_hat.shape[-1] * z_hat.shape[-2])
         return Prediction(means, scales, *scale_indexes(scales * y2_gain, self.guard))
 
-    def _second_pass(self, y2_symbols: Tensor, first: Prediction, y2_gain: Tensor) -> Prediction:
-        """The prediction once the anchors among y2's symbols are known."""
+    def _in_steps(self, first: Prediction, y2_gain: Tensor, code: Code) -> Prediction:
+        """The context model's prediction, on top of that of z, where `code` gives y2_hat step by step."""
         assert self.context is not None
-        with torch.autocast(y2_symbols.device.type, enabled=False):
-            y2_hat = y2_symbols / y2_gain + first.means
-            tokens = y2_hat.shape[-1] * y2_hat.shape[-2]
-            means, scales = self._in_chunks(self.context, y2_hat, first.means, first.scales, tokens=tokens)
+        context, tokens = self.context, first.means.shape[-1] * first.means.shape[-2]
+
+        def correct(number: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast(first.means.device.type, enabled=False):
+                return self._in_chunks(partial(context, number), *inputs, tokens=tokens)
+
+        means, scales = predict_in_steps(context.steps, correct, first.means, first.scales, code)
         return Prediction(means, scales, *scale_indexes(scales * y2_gain, self.guard))
 
     @staticmethod
-    def _in_chunks(network: nn.Module, *inputs: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    def _in_chunks(
+        network: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor, tokens: int
+    ) -> tuple[Tensor, Tensor]:
         """Means and scales of a batch, as many images at once as CHUNK_TOKENS allow."""
         size = max(CHUNK_TOKENS // tokens, 1)
         chunks = [network(*parts) for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True)]
@@ -287,7 +296,7 @@ class StreamCoder:
             _check_digest(number, layer, found if number else torch.cat([z_symbols, found]))
             y2_symbols[channels] = found.view(y2_symbols[channels].shape)
 
-    def _read_checkerboard(
+    def _read_in_steps(
         self,
         images: Sequence[Sequence[Layer]],
         readers: Sequence[SymbolDecoder],
@@ -297,21 +306,21 @@ class StreamCoder:
         y2_symbols: Tensor,
         size: tuple[int, int],
     ) -> Prediction:
-        """Fill y2_symbols (N, C, H, W), anchors first; returns the prediction that their means are added to."""
+        """Fill y2_symbols (N, C, H, W), step by step; returns the prediction that their means are added to."""
         coded = crop_to(y2_symbols, *size, LATENT_STRIDE)
-        anchors = anchor_mask(coded).expand(coded[0].shape)
         parts = [[symbols] for symbols in z_symbols]
-        predicted = first
-        for places in (anchors, ~anchors):
-            indexes = crop_to(predicted.indexes, *size, LATENT_STRIDE).cpu()
+
+        def read(places: Tensor, means: Tensor, scales: Tensor) -> Tensor:
+            shown = crop_to(places, *size, LATENT_STRIDE).cpu()
+            indexes = crop_to(scale_indexes(scales * y2_gain)[0], *size, LATENT_STRIDE).cpu()
             for number, (layer,) in enumerate(images):
-                chosen = guarded(indexes[number].flatten(), layer, places.flatten()).view(places.shape)[places]
+                chosen = guarded(indexes[number].flatten(), layer, shown.flatten()).view(shown.shape)[shown]
                 found = readers[number].read(self.tables.y2, chosen)
-                coded[number][places] = found
+                coded[number][shown] = found
                 parts[number].append(found)
-            if places is anchors:
-                bounded = y2_symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(first.means.device)
-                predicted = self._second_pass(bounded, first, y2_gain)
+            return y2_symbols.clamp(-MAX_SYMBOL, MAX_SYMBOL).to(means.device) / y2_gain + means
+
+        predicted = self._in_steps(first, y2_gain, read)
         for (layer,), symbols in zip(images, parts, strict=True):
             _check_digest(0, layer, torch.cat(symbols))
         return predicted
@@ -325,8 +334,8 @@ class StreamCoder:
             if self.context is None:
                 parts = [(self.tables.y2, symbols.flatten(), chosen.flatten())]
             else:
-                anchors = anchor_mask(symbols).expand(symbols.shape)
-                parts = [(self.tables.y2, symbols[places], chosen[places]) for places in (anchors, ~anchors)]
+                turns = [step.places(symbols) for step in self.context.steps]
+                parts = [(self.tables.y2, symbols[places], chosen[places]) for places in turns]
             if number == 0:
                 parts.insert(0, (self.tables.z, z_symbols.flatten(), self._z_indexes(z_symbols)))
             digest = symbol_digest(torch.cat([symbols for _, symbols, _ in parts]))

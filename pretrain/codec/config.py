@@ -9,7 +9,7 @@ from pretrain.errors import ConfigError
 
 BLOCKS = ("conv2former", "convformer")
 HYPERPRIORS = ("vit", "conv")
-CONTEXTS = ("none", "checkerboard")
+CONTEXTS = ("none", "checkerboard", "space_channel")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -39,8 +39,8 @@ class CodecConfig:
     z_channels: int = 192  # channels of z, at H/64
     window: int = 16  # attention is global up to window x window tokens, windowed above
 
-    context: str = "none"  # checkerboard: half of y2's places are predicted from the other half, too
-    context_depth: int = 6  # ViT blocks of that context model
+    context: str = "none"  # y2 in steps, each predicted from those before it: checkerboard (2) or space_channel (6)
+    context_depth: int = 6  # ViT blocks of the context model
 
     rate_points: int = 1  # rates that are trained, with gains around the quantization; 1: a codec of one rate
     base_channels: int = 0  # channels of y2 in the stream's `base` layer; 0: all, no `rest` layer

@@ -1,15 +1,22 @@
-"""The checkerboard context model: half of y2's places are coded first and help to predict the other half.
+"""Context models: y2 is coded in steps, and what is decoded already helps to predict what comes next.
 
-      anchors (row + column even): means, scales of the hyperprior
-      others:                      those, corrected by a transformer that sees the decoded anchors
+    checkerboard    anchors, the places with row + column even; then the others
+    space_channel   these two steps for each of three groups of channels, the narrowest first
 
-Two passes whatever the size of the picture, where a context model of one place at a time needs as many as there are
-places. The others are masked at the transformer's input, so what it predicts depends on nothing that is not decoded.
+As many steps whatever the size of the picture, where a model that reads one place after another takes as many as there
+are places. One network serves all steps. It sees the hyperprior's means and scales, how far decoded values lie off
+these means, and which step it is; values that are not decoded yet are masked at its input, so what it predicts depends
+on none of them.
 
-Sources: checkerboard context (He et al. 2021); transformer-based entropy models (DICM, section III; Qian et al. 2022).
+Sources: checkerboard context (He et al. 2021); uneven groups of channels, each in a checkerboard (ELIC, He et al.
+2022); transformer-based entropy models (DICM, section III; Qian et al. 2022).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +24,86 @@ from torch import Tensor, nn
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.hyperprior import ViTBlock
 
-
-def anchor_mask(latents: Tensor) -> Tensor:
-    """(H, W) bool on the device of latents (..., H, W): the places that are coded first."""
-    height, width = latents.shape[-2:]
-    rows, columns = (torch.arange(side, device=latents.device) for side in (height, width))
-    return (rows[:, None] + columns) % 2 == 0
+# Places of a step (C, H, W) bool; means and scales (N, C, H, W) that hold there -> y2_hat (N, C, H, W) for there.
+Code = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class CheckerboardContext(nn.Module):
-    """Corrects means and scales (N, latent_channels, H/16, W/16) of the places that are no anchors."""
+class Step(NamedTuple):
+    """What is coded at once: channels `first` to `end` - 1, where row + column is even (`parity` 0) or odd."""
+
+    first: int
+    end: int
+    parity: int
+
+    def places(self, latents: Tensor) -> Tensor:
+        """(C, H, W) bool on the device of latents (..., C, H, W)."""
+        channels = torch.arange(latents.shape[-3], device=latents.device)[:, None, None]
+        return (self.first <= channels) & (channels < self.end) & self.squares(latents)
+
+    def squares(self, latents: Tensor) -> Tensor:
+        """(H, W) bool: those places whatever the channel."""
+        rows, columns = (torch.arange(side, device=latents.device) for side in latents.shape[-2:])
+        return (rows[:, None] + columns) % 2 == self.parity
+
+
+def coding_steps(config: CodecConfig) -> list[Step]:
+    """The steps of `config.context`, in order. A KLT's first channels say most, so the first groups are narrow."""
+    latent = config.latent_channels
+    bounds = {"checkerboard": (0, latent), "space_channel": (0, latent // 12, latent // 3, latent)}[config.context]
+    return [Step(*group, parity) for group in pairwise(sorted(set(bounds))) for parity in (0, 1)]
+
+
+class ContextModel(nn.Module):
+    """Corrects the hyperprior's means and scales of y2 (N, latent_channels, H/16, W/16), step by step."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
         latent, dim = config.latent_channels, config.hyper_dim
-        self.body = nn.Sequential(
-            nn.Conv2d(3 * latent, dim, 1), *(ViTBlock(config) for _ in range(config.context_depth))
-        )
+        self.steps = coding_steps(config)
+        self.priors = nn.Conv2d(2 * latent, dim, 1)
+        # Attention alone takes long to learn what a convolution says at once: values go on from neighbour to neighbour.
+        self.neighbours = nn.Conv2d(latent, dim, 5, padding=2, bias=False)
+        self.turns = nn.Parameter(0.02 * torch.randn(len(self.steps), 2, dim))  # of a step: at its places, elsewhere
+        self.blocks = nn.Sequential(*(ViTBlock(config) for _ in range(config.context_depth)))
         self.head = nn.Conv2d(dim, 2 * latent, 1)
         # Training starts from the hyperprior's own prediction.
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, y2_hat: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and scales of all places, the anchors' as given; of `y2_hat`, anchors alone are looked at."""
-        anchors = anchor_mask(y2_hat)
-        seen = torch.cat([y2_hat * anchors, means, scales], dim=1)
-        mean_shift, scale_shift = self.head(self.body(seen)).chunk(2, dim=1)
-        return torch.where(anchors, means, means + mean_shift), torch.where(anchors, scales, scales + scale_shift)
+    def forward(self, number: int, y2_hat: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and scales for the places of step `number`, of y2_hat at those of the steps before it."""
+        known = torch.zeros(means.shape[-3:], dtype=torch.bool, device=means.device)
+        for step in self.steps[:number]:
+            known |= step.places(means)
+        here, elsewhere = self.turns[number, :, :, None, None]
+        turn = torch.where(self.steps[number].squares(means), here, elsewhere)
+        offsets = torch.where(known, y2_hat - means, 0)
+        seen = self.priors(torch.cat([means, scales], dim=1)) + self.neighbours(offsets) + turn
+        mean_shift, scale_shift = self.head(self.blocks(seen)).chunk(2, dim=1)
+        return means + mean_shift, scales + scale_shift
+
+
+def predict_in_steps(
+    steps: Sequence[Step],
+    correct: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    means: Tensor,
+    scales: Tensor,
+    code: Code,
+) -> tuple[Tensor, Tensor]:
+    """Means and scales of all of y2 (N, C, H, W): the hyperprior's for the first of `steps`, corrected ones behind it.
+
+    Args:
+        correct: a `ContextModel`, or what runs it.
+        means, scales: the hyperprior's.
+        code: called once for each step, with the means and scales of its places and of those before them.
+    """
+    y2_hat, all_means, all_scales = means, means, scales
+    for number, step in enumerate(steps):
+        places = step.places(means)
+        if number:
+            corrected = correct(number, y2_hat, means, scales)
+            all_means, all_scales = (
+                torch.where(places, new, old) for new, old in zip(corrected, (all_means, all_scales), strict=True)
+            )
+        y2_hat = torch.where(places, code(places, all_means, all_scales), y2_hat)
+    return all_means, all_scales

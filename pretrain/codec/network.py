@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pretrain.codec.backbone import Backbone, pad_to
 from pretrain.codec.coder import Z_STRIDE
 from pretrain.codec.config import CodecConfig
-from pretrain.codec.context import CheckerboardContext
+from pretrain.codec.context import ContextModel
 from pretrain.codec.entropy import LatentEntropy, bottleneck_round
 from pretrain.codec.gains import LOG_SPREAD, RateGains
 from pretrain.codec.hyperprior import HyperAnalysis, HyperSynthesis
@@ -38,7 +38,7 @@ class CodecNetwork(nn.Module):
         self.g_a, self.g_s = AnalysisTransform(channels, config), SynthesisTransform(channels, config)
         self.h_a, self.h_s = HyperAnalysis(config), HyperSynthesis(config)
         self.entropy = LatentEntropy(config.z_channels)
-        self.context = CheckerboardContext(config) if config.context == "checkerboard" else None
+        self.context = None if config.context == "none" else ContextModel(config)
         self.z_gain: RateGains | None = None
         self.y2_gain: RateGains | None = None
         if config.rate_points > 1:

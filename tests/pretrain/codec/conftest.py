@@ -43,6 +43,11 @@ def checkered(codec: FeatureCodec) -> FeatureCodec:
 
 
 @pytest.fixture(scope="module")
+def stepped(codec: FeatureCodec) -> FeatureCodec:
+    return with_options(codec, context="space_channel", context_depth=1, base_channels=0, rate_points=2)
+
+
+@pytest.fixture(scope="module")
 def tables() -> CoderTables:
     """Of four channels of z, and of y2."""
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ NARROW = {
     [
         {"base_channels": 16},
         {"rate_points": 3, "guard": 1e-3},
-        {"context": "checkerboard", "context_depth": 1},
+        {"context": "space_channel", "context_depth": 1},
         {"channels": [1, 4, 5, 30]},
     ],
     ids=["layers", "rates", "context", "channels"],

@@ -12,7 +12,7 @@ from pretrain.errors import BitstreamError, CodecError
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, None])
-@pytest.mark.parametrize("kind", ["rated", "checkered"])
+@pytest.mark.parametrize("kind", ["rated", "checkered", "stepped"])
 def test_rate__streams_hold_what_an_eval_pass_estimates(kind: str, rate: float | None, request: pytest.FixtureRequest):
     codec = request.getfixturevalue(kind)
     image = random_images(1, 96, 128)[0]

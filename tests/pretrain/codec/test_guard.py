@@ -13,7 +13,7 @@ from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.errors import BitstreamError
 
 
-@pytest.mark.parametrize("kind", ["codec", "rated", "checkered"])
+@pytest.mark.parametrize("kind", ["codec", "rated", "checkered", "stepped"])
 def test_guard__a_reader_off_by_less_decodes_the_same_symbols(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):

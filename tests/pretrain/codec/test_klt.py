@@ -18,7 +18,7 @@ OPTIONS = [
     ({"transform_channels": 16, "latent_channels": 32}, 0.02),
     ({"transform_channels": 24, "latent_channels": 16, "base_channels": 8}, 0.1),
     ({"rgc_orders": [0, 0, 0], "hyperprior": "conv"}, 0.02),
-    ({"rate_points": 3, "context": "checkerboard", "base_channels": 0}, 0.02),
+    ({"rate_points": 3, "context": "space_channel", "base_channels": 0}, 0.02),
 ]
 
 

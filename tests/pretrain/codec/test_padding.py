@@ -12,10 +12,10 @@ from pretrain.codec.feature_codec import FeatureCodec
 HEIGHT, WIDTH = 70, 100  # 5 x 7 of 8 x 8 places
 
 
-@pytest.mark.parametrize("name", ["codec", "checkered"])
+@pytest.mark.parametrize("name", ["codec", "checkered", "stepped"])
 def test_encode__padded_places_do_not_reach_the_stream(name: str, request: pytest.FixtureRequest):
     codec = request.getfixturevalue(name)
-    rate = 255 if name == "checkered" else None
+    rate = 255 if name != "codec" else None
     image, coder = random_images(1, HEIGHT, WIDTH), codec._ready()
     y2, z = codec.analyse(normalize(image.float() / 255))
     assert y2.shape[-2:] == (8, 8)
@@ -37,7 +37,7 @@ def test_decode_latents__padded_places_have_their_means(codec: FeatureCodec):
     assert not torch.equal(whole[:, 16:, :5, :7], base[:, 16:, :5, :7])
 
 
-@pytest.mark.parametrize("name", ["codec", "checkered"])
+@pytest.mark.parametrize("name", ["codec", "checkered", "stepped"])
 @pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (224, 224)])
 def test_forward__bits_are_those_of_places_that_see_the_image(
     name: str, size: tuple[int, int], request: pytest.FixtureRequest
