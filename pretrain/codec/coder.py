@@ -27,7 +27,7 @@ from pretrain.codec import bitstream
 from pretrain.codec.backbone import crop_to
 from pretrain.codec.bitstream import ChannelList, Layer, StreamInfo, symbol_digest
 from pretrain.codec.config import CodecConfig
-from pretrain.codec.context import Code, ContextModel, predict_in_steps
+from pretrain.codec.context import Code, ContextModel
 from pretrain.codec.entropy import (
     MAX_SYMBOL,
     SCALE_LEVELS,
@@ -220,10 +220,10 @@ class StreamCoder:
         context, tokens = self.context, first.means.shape[-1] * first.means.shape[-2]
 
         def correct(number: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.autocast(first.means.device.type, enabled=False):
-                return self._in_chunks(partial(context, number), *inputs, tokens=tokens)
+            return self._in_chunks(partial(context, number), *inputs, tokens=tokens)
 
-        means, scales = predict_in_steps(context.steps, correct, first.means, first.scales, code)
+        with torch.autocast(first.means.device.type, enabled=False):
+            means, scales = context.predict(first.means, first.scales, code, correct)
         return Prediction(means, scales, *scale_indexes(scales * y2_gain, self.guard))
 
     @staticmethod

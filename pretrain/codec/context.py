@@ -5,7 +5,7 @@
 
 As many steps whatever the size of the picture, where a model that reads one place after another takes as many as there
 are places. One network serves all steps. It sees the hyperprior's means and scales, how far decoded values lie off
-these means, and which step it is; values that are not decoded yet are masked at its input, so what it predicts depends
+these means, and which step it is; values that are not decoded yet are no part of its input, so what it predicts depends
 on none of them.
 
 Sources: checkerboard context (He et al. 2021); uneven groups of channels, each in a checkerboard (ELIC, He et al.
@@ -14,11 +14,12 @@ Sources: checkerboard context (He et al. 2021); uneven groups of channels, each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.codec.config import CodecConfig
@@ -26,6 +27,8 @@ from pretrain.codec.hyperprior import ViTBlock
 
 # Places of a step (C, H, W) bool; means and scales (N, C, H, W) that hold there -> y2_hat (N, C, H, W) for there.
 Code = Callable[[Tensor, Tensor, Tensor], Tensor]
+# The number of a step, what was seen before it (N, hyper_dim, H, W), means and scales -> these, corrected.
+Correct = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Step(NamedTuple):
@@ -70,40 +73,40 @@ class ContextModel(nn.Module):
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, number: int, y2_hat: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and scales for the places of step `number`, of y2_hat at those of the steps before it."""
-        known = torch.zeros(means.shape[-3:], dtype=torch.bool, device=means.device)
-        for step in self.steps[:number]:
-            known |= step.places(means)
+    def forward(self, number: int, seen: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The hyperprior's means and scales, corrected for the places of step `number` by what was `seen` before it."""
         here, elsewhere = self.turns[number, :, :, None, None]
         turn = torch.where(self.steps[number].squares(means), here, elsewhere)
-        offsets = torch.where(known, y2_hat - means, 0)
-        seen = self.priors(torch.cat([means, scales], dim=1)) + self.neighbours(offsets) + turn
-        mean_shift, scale_shift = self.head(self.blocks(seen)).chunk(2, dim=1)
+        mean_shift, scale_shift = self.head(self.blocks(seen + turn)).chunk(2, dim=1)
         return means + mean_shift, scales + scale_shift
 
+    def predict(
+        self, means: Tensor, scales: Tensor, code: Code, correct: Correct | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Means and scales of all of y2 (N, C, H, W): the hyperprior's in the first step, corrected ones behind it.
 
-def predict_in_steps(
-    steps: Sequence[Step],
-    correct: Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    means: Tensor,
-    scales: Tensor,
-    code: Code,
-) -> tuple[Tensor, Tensor]:
-    """Means and scales of all of y2 (N, C, H, W): the hyperprior's for the first of `steps`, corrected ones behind it.
+        Args:
+            means, scales: the hyperprior's.
+            code: called once for each step, with the means and scales of its places and of those before them.
+            correct: runs `forward`; itself if not given.
+        """
+        correct = correct or self
+        seen = self.priors(torch.cat([means, scales], dim=1))
+        all_means, all_scales = means, scales
+        for number, step in enumerate(self.steps):
+            places = step.places(means)
+            if number:
+                corrected = correct(number, seen, means, scales)
+                all_means, all_scales = (
+                    torch.where(places, new, old) for new, old in zip(corrected, (all_means, all_scales), strict=True)
+                )
+            y2_hat = code(places, all_means, all_scales)
+            if number < len(self.steps) - 1:
+                seen = seen + self._seen_in(step, y2_hat - means)
+        return all_means, all_scales
 
-    Args:
-        correct: a `ContextModel`, or what runs it.
-        means, scales: the hyperprior's.
-        code: called once for each step, with the means and scales of its places and of those before them.
-    """
-    y2_hat, all_means, all_scales = means, means, scales
-    for number, step in enumerate(steps):
-        places = step.places(means)
-        if number:
-            corrected = correct(number, y2_hat, means, scales)
-            all_means, all_scales = (
-                torch.where(places, new, old) for new, old in zip(corrected, (all_means, all_scales), strict=True)
-            )
-        y2_hat = torch.where(places, code(places, all_means, all_scales), y2_hat)
-    return all_means, all_scales
+    def _seen_in(self, step: Step, offsets: Tensor) -> Tensor:
+        """What neighbours see more of once `step` is decoded: the convolution is linear in its input."""
+        channels = slice(step.first, step.end)
+        decoded = torch.where(step.squares(offsets), offsets[:, channels], 0)
+        return F.conv2d(decoded, self.neighbours.weight[:, channels], padding=self.neighbours.padding)

@@ -26,7 +26,6 @@ from pretrain.codec.backbone import HEAD_STRIDE, crop_to, pad_to
 from pretrain.codec.bitstream import StreamInfo
 from pretrain.codec.coder import LATENT_STRIDE, Z_STRIDE, Choice, StreamCoder, covered_places
 from pretrain.codec.config import PRECISIONS, CodecConfig
-from pretrain.codec.context import predict_in_steps
 from pretrain.codec.entropy import CoderTables, bits_per_image, bottleneck_likelihood, round_latents, solve_quantiles
 from pretrain.codec.gains import fit
 from pretrain.codec.identity import hash_of, stamp_of, weights_hash
@@ -105,12 +104,8 @@ class FeatureCodec(CodecNetwork):
         z_hat, z_likelihoods = bottleneck_likelihood(self.entropy.z, z, z_gain)
         means, scales = self.h_s(z_hat)
         if self.context is not None:
-            means, scales = predict_in_steps(
-                self.context.steps,
-                self.context,
-                means,
-                scales,
-                lambda _, means, __: _covered(round_latents(y2, means, y2_gain), means, size),
+            means, scales = self.context.predict(
+                means, scales, lambda _, means, __: _covered(round_latents(y2, means, y2_gain), means, size)
             )
         y2_hat, y2_likelihoods = self.entropy.y2_likelihood(y2, means, scales, y2_gain)
         y2_hat, likelihoods = _covered(y2_hat, means, size), {"y2": y2_likelihoods, "z": z_likelihoods}

@@ -5,7 +5,7 @@ import torch
 from small_codecs import NARROW, random_images
 from torch import Tensor
 
-from pretrain.codec.context import ContextModel, predict_in_steps
+from pretrain.codec.context import ContextModel
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.errors import CodecError
 
@@ -37,38 +37,43 @@ def test_context__steps_code_every_place_once(contextual: FeatureCodec):
     assert (turns.sum(dim=0) == 1).all()
 
 
-def test_context__decoded_values_alone_are_seen(contextual: FeatureCodec):
+def test_predict__decoded_values_alone_are_seen(contextual: FeatureCodec):
     """What is predicted changes with values that the reader has, and not with those that it does not have yet."""
-    means, scales, y2_hat = torch.rand(3, 1, NARROW.latent_channels, 8, 8)
+    means, scales, y2_hat, other = torch.rand(4, 1, NARROW.latent_channels, 8, 8)
     context = context_of(contextual)
-    known = torch.zeros(y2_hat.shape[1:], dtype=torch.bool)
-    for number, step in enumerate(context.steps):
-        predicted = context(number, y2_hat, means, scales)
-        unknown_moved = context(number, torch.where(known, y2_hat, torch.rand_like(y2_hat)), means, scales)
-        assert all(torch.equal(*pair) for pair in zip(predicted, unknown_moved, strict=True))
-        if number:
-            known_moved = context(number, torch.where(known, torch.rand_like(y2_hat), y2_hat), means, scales)
-            assert not torch.equal(predicted[0], known_moved[0])
-        known |= step.places(y2_hat)
+    places = [step.places(y2_hat) for step in context.steps]
+
+    def predicted_with(changed: int) -> tuple[Tensor, Tensor]:
+        """Where values change from step `changed` on, and at no time hold but at their places."""
+        turns = iter(range(len(places)))
+
+        def code(here: Tensor, *_: Tensor) -> Tensor:
+            return torch.where(here, other if next(turns) >= changed else y2_hat, torch.rand_like(y2_hat))
+
+        return context.predict(means, scales, code)
+
+    unchanged = predicted_with(len(places))
+    for number, here in enumerate(places):
+        changed = predicted_with(number)
+        until_here = torch.stack(places[: number + 1]).any(dim=0)
+        for new, old in zip(changed, unchanged, strict=True):
+            assert torch.equal(new[0, until_here], old[0, until_here])
+            for later in places[number + 1 : number + 2]:
+                assert not torch.equal(new[0, later], old[0, later])
+        assert torch.equal(unchanged[0][0, here], means[0, here]) == (number == 0)
 
 
-def test_predict_in_steps__each_place_keeps_what_its_step_said(contextual: FeatureCodec):
+def test_predict__each_place_keeps_what_its_step_said(contextual: FeatureCodec):
     means, scales = torch.rand(2, 1, NARROW.latent_channels, 4, 4)
-    steps = context_of(contextual).steps
-    known = torch.zeros(means.shape, dtype=torch.bool)
+    context = context_of(contextual)
 
-    def correct(number: int, y2_hat: Tensor, first_means: Tensor, first_scales: Tensor) -> tuple[Tensor, Tensor]:
-        assert torch.equal(y2_hat, torch.where(known, -1.0, means))
+    def correct(number: int, seen: Tensor, first_means: Tensor, first_scales: Tensor) -> tuple[Tensor, Tensor]:
         assert first_means is means and first_scales is scales
         return torch.full_like(means, number), torch.full_like(scales, 10 + number)
 
-    def code(places: Tensor, means: Tensor, _: Tensor) -> Tensor:
-        known.logical_or_(places)
-        return -torch.ones_like(means)
-
-    found = predict_in_steps(steps, correct, means, scales, code)
+    found = context.predict(means, scales, lambda _, means, __: means, correct)
     expected = [means, scales]
-    for number, step in list(enumerate(steps))[1:]:
+    for number, step in list(enumerate(context.steps))[1:]:
         values = zip(expected, (number, 10 + number), strict=True)
         expected = [torch.where(step.places(means), float(value), old) for old, value in values]
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
