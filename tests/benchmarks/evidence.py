@@ -95,6 +95,8 @@ class Study:
     codec_of: str | None = None  # another study, whose codec this one reads
 
 
+# Boxes and masks are found at f3, classes told at layer4.
+FINDING = ["stages.codec.distortion=2", "stages.codec.features=[0.8,0.4,0.3]"]
 CLASSIFICATION = {"task": "classification", "recipe": "classification",
                   "anchor_options": ["train_head=true", "cache=bitstreams", "cache_views=2"]}  # fmt: skip
 STUDIES = [
@@ -107,15 +109,15 @@ STUDIES = [
           adapt_epochs=30, gates="dynamic,static:32,static:16,variance:32,variance:16",
           anchors="hevc:51,hevc:47,hevc:42,hevc:37,hevc:32"),
     Study("raccoon", "raccoon_voc", "voc", "detection", "detection_small", options=["max_side=320", "voc07=true"],
-          pretrain=["image_size=128", "canvas_size=144"], epochs={"ssl": 120, "codec": 120}, task_epochs=24,
+          pretrain=["image_size=128", "canvas_size=144", *FINDING], epochs={"ssl": 120, "codec": 120}, task_epochs=24,
           adapt_epochs=12, anchors="hevc:51,hevc:47,hevc:42,hevc:37"),
     Study("scenes_boxes", None, "scenes", "detection", "detection_small",
           options=["anchors=[8,16,32,64,128]"], epochs={"ssl": 20, "codec": 20},
-          pretrain=["image_size=96", "canvas_size=96"], task_epochs=10, adapt_epochs=5,
+          pretrain=["image_size=96", "canvas_size=96", *FINDING], task_epochs=10, adapt_epochs=5,
           anchors="hevc:51,hevc:47,hevc:42,hevc:37"),
     Study("scenes_masks", None, "scenes", "instance_segmentation", "instance_segmentation_small",
           options=["anchors=[8,16,32,64,128]"], epochs={"ssl": 20, "codec": 20},
-          pretrain=["image_size=96", "canvas_size=96"], task_epochs=10, adapt_epochs=5, codec_of="scenes_boxes",
+          pretrain=["image_size=96", "canvas_size=96", *FINDING], task_epochs=10, adapt_epochs=5, codec_of="scenes_boxes",
           anchors="hevc:51,hevc:47,hevc:42,hevc:37"),
 ]  # fmt: skip
 
