@@ -96,7 +96,7 @@ class Study:
 
 
 # Boxes and masks are found at f3, classes told at layer4.
-FINDING = ["stages.codec.distortion=2", "stages.codec.features=[0.8,0.4,0.3]"]
+FINDING = ["stages.codec.distortion=3", "stages.codec.features=[1,0.3,0.2]", "stages.codec.rates=[24,8,2.5,0.8,0.25]"]
 CLASSIFICATION = {"task": "classification", "recipe": "classification",
                   "anchor_options": ["train_head=true", "cache=bitstreams", "cache_views=2"]}  # fmt: skip
 STUDIES = [
