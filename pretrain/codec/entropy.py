@@ -101,12 +101,13 @@ class LatentEntropy(nn.Module):
         """
         with torch.autocast(y2.device.type, enabled=False):
             factor = torch.ones((), device=y2.device) if gain is None else gain
-            _, likelihoods = self.y2((y2.float() - means.float()) * factor, scales.float() * factor)
-        return round_latents(y2, means, gain), likelihoods
+            residuals = (y2.float() - means.float()) * factor
+            _, likelihoods = self.y2(residuals, scales.float() * factor)
+            return quantize_ste(residuals) / factor + means.float(), likelihoods
 
 
 def round_latents(y2: Tensor, means: Tensor, gain: Tensor | None = None) -> Tensor:
-    """y2 rounded about `means`, in float32 and with a straight-through gradient; `gain` as in `y2_likelihood`."""
+    """y2_hat as `y2_likelihood` gives it, without the likelihoods."""
     factor = 1.0 if gain is None else gain
     return quantize_ste((y2.float() - means.float()) * factor) / factor + means.float()
 
