@@ -10,10 +10,12 @@ PHOTOS is searched for images. Parts, each with a table of its own and its figur
     speed    512 x 768: encode, share of entropy coding, bytes to the input of layer2; multiply-adds; a profile
     memory   peak of encoding 1024 x 2048, each codec in a process of its own
     growth   encoding time per pixel from 256 x 256 to 2048 x 2048
+    contexts 512 x 768, recipe `evidence`: what context models take of time
 
-`rate`, `symbols` and `variants` are of --codec where given. The others are of the authors' widths (recipe dicm_resnet50) and of recipe
-`fast`, with random weights whose latents are scaled to a deviation of one, as are CompressAI's: times depend on how
-many symbols there are and hardly on their values. CompressAI's decoder gives pixels, so stem and layer1 are added to it.
+`rate`, `symbols` and `variants` are of --codec where given. The others but the last are of the authors' widths (recipe
+dicm_resnet50) and of recipe `fast`. All have random weights whose latents are scaled to a deviation of one, as are
+CompressAI's: times depend on how many symbols there are and hardly on their values. CompressAI's decoder gives pixels,
+so stem and layer1 are added to it.
 """
 
 from __future__ import annotations
@@ -40,13 +42,13 @@ from torchvision.io import ImageReadMode, decode_image
 
 from data_pipeline.views import normalize
 from pretrain.codec import bitstream
-from pretrain.codec.config import CodecConfig
+from pretrain.codec.config import CONTEXTS, CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.memory import keep_freed_memory
 from pretrain.codec.precision import has_bfloat16
 from pretrain.run import resolve
 
-PARTS = ("rate", "symbols", "variants", "speed", "memory", "growth")
+PARTS = ("rate", "symbols", "variants", "speed", "memory", "growth", "contexts")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SIZES = [(16, 16), (17, 31), (64, 65), (333, 500), (1024, 2048)]
 TILE = 256
@@ -55,10 +57,10 @@ THEIRS = {"mbt2018-mean": mbt2018_mean, "bmshj2018-hyperprior": bmshj2018_hyperp
 CONSOLE = Console(width=120)
 
 
-def our_codec(name: str, image: Tensor) -> FeatureCodec:
+def our_codec(name: str, image: Tensor, *options: str) -> FeatureCodec:
     """A codec of a recipe's widths, random weights scaled so that y2 and z have a deviation of one."""
     recipe, _, precision = name.partition(" ")
-    config: CodecConfig = resolve({"dicm": "dicm_resnet50"}.get(recipe, recipe), ["data=none"]).codec
+    config: CodecConfig = resolve({"dicm": "dicm_resnet50"}.get(recipe, recipe), ["data=none", *options]).codec
     torch.manual_seed(0)
     codec = FeatureCodec(config).eval().requires_grad_(False)
     codec.precision = precision or "fp32"
@@ -349,6 +351,24 @@ def measure_growth(image: Tensor) -> dict[str, float]:
     return figures
 
 
+def measure_contexts(image: Tensor, repeat: int) -> dict[str, dict[str, float]]:
+    """Times of one image of 512 x 768 by context model."""
+    figures: dict[str, dict[str, float]] = {}
+    table = Table("context", "encode ms", "decode ms", "encode over none", "decode over none", title="context models")
+    for context in CONTEXTS:
+        codec = our_codec("evidence", image, f"codec.context={context}")
+        stream = codec.encode(image)
+        row = {
+            "encode_ms": milliseconds(lambda c=codec: c.encode(image), repeat),
+            "decode_ms": milliseconds(lambda c=codec, s=stream: c.decode(s), repeat),
+        }
+        figures[context] = row
+        ratios = (f"{row[key] / figures['none'][key]:.2f}" for key in row)
+        table.add_row(context, *(f"{each:.0f}" for each in row.values()), *ratios)
+    CONSOLE.print(table)
+    return figures
+
+
 def main() -> None:
     """Measure, print, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -390,6 +410,8 @@ def main() -> None:
         figures["memory"] = measure_memory(options.data)
     if "growth" in options.only:
         figures["growth"] = measure_growth(images[0])
+    if "contexts" in options.only:
+        figures["contexts"] = measure_contexts(standard, options.repeat)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
