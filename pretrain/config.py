@@ -42,7 +42,7 @@ class StageConfig:
     relative: bool = False  # divide each distortion by the mean magnitude (L1) or square (MSE) of its target
     rates: list[float] = field(default_factory=list)  # rate weights at codec.rate_points rates, instead of `rate`
     balance: float = 0.4  # the loss at each of these rates counts weight^-balance as much
-    klt: bool = True  # transforms that start fresh begin as the Karhunen-Loeve transform of f2
+    klt: bool = True  # transforms and a hyperprior that start fresh begin as the Karhunen-Loeve transform of f2
     target_bpp: float | None = None  # the rate weight follows by dual ascent until bpp holds this value
     dual_rate: float = 0.02  # step size of that ascent, on the weight's logarithm
     optimizer: str = "sgd"

@@ -36,6 +36,8 @@ from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
 from data_pipeline.loader import CanvasBatch, CanvasLoader, train_loader
 from data_pipeline.manifest import Manifest
+from pretrain.codec.backbone import pad_to
+from pretrain.codec.coder import Z_STRIDE
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.klt import begin_as_klt, num_images
 from pretrain.codec.precision import autocast
@@ -253,7 +255,7 @@ class Trainer:
         num_batches = math.ceil(min(num_images(size), self.dataset_size) / batch_size)
         for batch in itertools.islice(self._loader(batch_size), num_batches):
             views = self.views.natural(batch.canvas.to(self.device), batch.aspect.to(self.device), size)
-            yield self.codec.eliminate(self.codec.backbone.head(views))[0]
+            yield self.codec.eliminate(self.codec.backbone.head(pad_to(views, Z_STRIDE)))[0]
 
     def _save(self, stage: Stage) -> None:
         """Hand the state over to be written while training goes on."""

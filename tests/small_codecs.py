@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipeline.views import normalize
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
+
+Network = TypeVar("Network", bound=nn.Module)
 
 NARROW = CodecConfig(
     backbone="resnet18", re_channels=16, re_latent=16, re_depths=[1, 1, 1], transform_channels=16,
@@ -17,10 +20,18 @@ NARROW = CodecConfig(
 )  # fmt: skip
 
 
+def wake(network: Network) -> Network:
+    """Random weights in place of the zeros that residual branches begin with, as after training; returns `network`."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not module.weight.any():
+            module.reset_parameters()
+    return network
+
+
 def create_codec(seed: int = 0) -> FeatureCodec:
     """Random weights whose latents fill many symbols; means and scales fit them, as after training."""
     torch.manual_seed(seed)
-    codec = FeatureCodec(NARROW).eval()
+    codec = wake(FeatureCodec(NARROW).eval())
     images = normalize(random_images(8, 64, 64).float() / 255)
     with torch.no_grad():
         y2, _ = codec.analyse(images)
@@ -44,7 +55,7 @@ def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 def with_options(codec: FeatureCodec, **options: object) -> FeatureCodec:
     """The weights of `codec` in one of other options; what these add is random."""
     torch.manual_seed(1)
-    changed = FeatureCodec(replace(NARROW, **options)).eval().requires_grad_(False)
+    changed = wake(FeatureCodec(replace(NARROW, **options)).eval().requires_grad_(False))
     changed.load_state_dict(codec.state_dict(), strict=False)
     for name in ("z_gain", "y2_gain"):
         if (gain := getattr(changed, name)) is not None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
@@ -110,6 +111,20 @@ def round_latents(y2: Tensor, means: Tensor, gain: Tensor | None = None) -> Tens
     """y2_hat as `y2_likelihood` gives it, without the likelihoods."""
     factor = 1.0 if gain is None else gain
     return quantize_ste((y2.float() - means.float()) * factor) / factor + means.float()
+
+
+@torch.no_grad()
+def narrow_prior(model: EntropyBottleneck, deviations: Tensor) -> None:
+    """Let a fresh factorized prior begin with the deviations (C,) of its values.
+
+    compressai's begins as (nearly) a logistic density whose scale is `init_scale` in every channel. It becomes what it
+    would be with a scale for each channel, of values with the noise of training, whose variance is 1/12.
+    """
+    scales = (deviations.square() + 1 / 12).sqrt() * math.sqrt(3) / math.pi
+    factor = (model.init_scale / scales) ** (1 / len(model.matrices))
+    for matrix in model.matrices:
+        steeper = F.softplus(matrix) * factor[:, None, None]
+        matrix.copy_(steeper + torch.log(-torch.expm1(-steeper)))  # the inverse of softplus
 
 
 @torch.no_grad()

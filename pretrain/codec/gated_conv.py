@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, Mlp
 from torch import Tensor, nn
 
+from pretrain.codec.residual import begin_at_zero
 from pretrain.codec.tiles import in_strips
 from pretrain.errors import ConfigError
 
 FILTER_SIZE = (14, 8)  # rows and rfft columns of the learned filter, that of a 14 x 14 plane
-LAYER_SCALE = 1e-6
 
 
 class GlobalLocalFilter(nn.Module):
@@ -91,17 +91,16 @@ class RecursiveGatedConv(nn.Module):
 
 
 class RGCBlock(nn.Module):
-    """x + g1 * gnconv(LN x), then x + g2 * MLP(LN x); (N, C, H, W) -> (N, C, H, W)."""
+    """x + gnconv(LN x), then x + MLP(LN x); (N, C, H, W) -> (N, C, H, W). Training starts from the identity."""
 
     def __init__(self, channels: int, order: int, kernel: int = 7, global_local: bool = False):
         super().__init__()
         self.norm1 = LayerNorm2d(channels)
         self.gnconv = RecursiveGatedConv(channels, order, kernel, global_local)
-        self.gamma1 = nn.Parameter(torch.full((channels, 1, 1), LAYER_SCALE))
         self.norm2 = LayerNorm2d(channels)
         self.mlp = Mlp(channels, 4 * channels, use_conv=True)
-        self.gamma2 = nn.Parameter(torch.full((channels, 1, 1), LAYER_SCALE))
+        begin_at_zero(self.gnconv.proj_out, self.mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.gamma1 * self.gnconv(self.norm1(x))
-        return in_strips(lambda rows: rows + self.gamma2 * self.mlp(self.norm2(rows)), x)
+        x = x + self.gnconv(self.norm1(x))
+        return in_strips(lambda rows: rows + self.mlp(self.norm2(rows)), x)

@@ -19,6 +19,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from pretrain.codec.config import CodecConfig
+from pretrain.codec.residual import begin_at_zero
 
 
 class WindowedAttention(nn.Module):
@@ -68,7 +69,7 @@ class WindowedAttention(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """x + attention(LN x), then x + MLP(LN x); (N, C, H, W) kept."""
+    """x + attention(LN x), then x + MLP(LN x); (N, C, H, W) kept. Training starts from the identity."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
@@ -77,6 +78,7 @@ class ViTBlock(nn.Module):
         self.attention = WindowedAttention(dim, config.hyper_heads, config.hyper_head_dim, config.window)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
+        begin_at_zero(self.attention.proj, self.mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
@@ -86,12 +88,13 @@ class ViTBlock(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """x + two 3x3 convolutions of LeakyReLU x; (N, C, H, W) kept."""
+    """x + two 3x3 convolutions of LeakyReLU x; (N, C, H, W) kept. Training starts from the identity."""
 
     def __init__(self, config: CodecConfig):
         super().__init__()
         dim = config.hyper_dim
         self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, dim, 3, padding=1)
+        begin_at_zero(self.conv2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x))))
@@ -117,6 +120,11 @@ class HyperAnalysis(nn.Sequential):
             nn.Conv2d(dim, config.z_channels, 1),
         )
 
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d, nn.Conv2d]:
+        """Those between the blocks, in order."""
+        return self[0], self[2], self[4], self[6]  # type: ignore[return-value]
+
 
 class HyperSynthesis(nn.Module):
     """h_s: z_hat (N, z_channels, H/64, W/64) -> means and scales of y2, each (N, latent_channels, H/16, W/16).
@@ -141,6 +149,11 @@ class HyperSynthesis(nn.Module):
         # Scales start at one: at zero they would sit on the lower bound, where gradients are one-sided.
         bias = torch.cat([torch.zeros(config.latent_channels), torch.ones(config.latent_channels)])
         self.head.bias = nn.Parameter(bias)
+
+    @property
+    def convolutions(self) -> tuple[nn.Conv2d, nn.Conv2d, nn.Conv2d, nn.Conv2d]:
+        """Those between the blocks, in order, and the head."""
+        return self.body[0], self.body[2], self.body[5], self.head  # type: ignore[return-value]
 
     def forward(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
         means, scales = self.head(self.body(z_hat)).chunk(2, dim=1)

@@ -29,6 +29,8 @@ STARTS = {
     "KLT, checkerboard": ["codec.context=checkerboard"],
     "KLT, space_channel": ["codec.context=space_channel"],
     "KLT, space_channel, rates not balanced": ["codec.context=space_channel", "stages.codec.balance=0"],
+    "KLT, space_channel, hyperprior of convolutions": ["codec.context=space_channel", "codec.hyperprior=conv"],
+    "KLT, space_channel, no gated convolutions": ["codec.context=space_channel", "codec.rgc_orders=[0,0,0]"],
 }
 
 

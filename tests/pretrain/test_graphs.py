@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from conftest import REPOSITORY, assert_refused, dicm
+from small_codecs import wake
 
 from pretrain import graphs
 from pretrain.codec.config import CodecConfig
@@ -24,18 +25,16 @@ SIZES = [(40, 70), (256, 272), (320, 384)]
 
 @pytest.fixture(scope="module")
 def codec() -> FeatureCodec:
-    """A narrow codec with two layers and a range of rates whose every block counts: scales of residuals are far from their start, zero."""
+    """A narrow codec with two layers and a range of rates whose every block counts."""
     config = CodecConfig(
         backbone="resnet18", re_channels=16, re_latent=16, re_depths=[1, 1, 1], transform_channels=16,
         latent_channels=16, hyper_dim=24, hyper_heads=2, hyper_head_dim=12, z_channels=8, base_channels=4,
         rate_points=2, guard=1e-4,
     )  # fmt: skip
     torch.manual_seed(0)
-    codec = FeatureCodec(config).eval().requires_grad_(False)
+    codec = wake(FeatureCodec(config).eval().requires_grad_(False))
     for name, parameter in codec.named_parameters():
-        if "gamma" in name:
-            parameter.fill_(0.5)
-        elif "positions" in name:
+        if "positions" in name:
             parameter.normal_()
         elif name.endswith("filter.weight") and parameter.shape[-1] == 2:
             parameter.normal_(std=0.5)

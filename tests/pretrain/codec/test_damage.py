@@ -7,6 +7,7 @@ import runpy
 import pytest
 import torch
 from conftest import REPOSITORY
+from small_codecs import wake
 
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
@@ -34,7 +35,7 @@ def test_decode__damage_of_every_kind_ends_in_one_error(options: dict[str, objec
     torch.manual_seed(0)
     options = dict(options)
     channels = options.pop("channels", None)
-    codec = FeatureCodec(CodecConfig(**NARROW, **options)).eval().requires_grad_(False)
+    codec = wake(FeatureCodec(CodecConfig(**NARROW, **options)).eval().requires_grad_(False))
     good = [codec.encode(noise(*size, seed), channels=channels) for seed, size in enumerate([(16, 16), (64, 200)])]
     damage, refused = Damage(good, seed=1), 0
     for _ in range(300):

@@ -12,6 +12,7 @@ from pretrain.codec.entropy import (
     LatentEntropy,
     bottleneck_likelihood,
     bottleneck_round,
+    narrow_prior,
     scale_indexes,
     scale_table,
     solve_quantiles,
@@ -35,6 +36,19 @@ def test_scale_indexes__is_the_nearest_table():
     assert scale_indexes(torch.tensor(table, dtype=torch.float64))[0].tolist() == list(range(64))
     scales = torch.tensor([-1.0, 0.0, 0.99 * table[30], 1.01 * table[30], 1e9], dtype=torch.float64)
     assert scale_indexes(scales)[0].tolist() == [0, 0, 30, 30, 63]
+
+
+@torch.no_grad()
+def test_narrow_prior__density_has_the_deviations_of_noisy_values():
+    torch.manual_seed(0)
+    prior, wanted = EntropyBottleneck(4), torch.tensor([0.0, 0.3, 2.0, 25.0])
+    narrow_prior(prior, wanted)
+    edges = torch.linspace(-400, 400, 160_001).repeat(4, 1, 1)
+    mass = torch.sigmoid(prior._logits_cumulative(edges, True))[:, 0].diff()
+    centres = (edges[:, 0, 1:] + edges[:, 0, :-1]) / 2
+    mean = (mass * centres).sum(1, keepdim=True)
+    deviations = (mass * (centres - mean).square()).sum(1).sqrt()
+    torch.testing.assert_close(deviations, (wanted.square() + 1 / 12).sqrt(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(4))

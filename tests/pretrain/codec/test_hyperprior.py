@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_codecs import wake
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.codec.config import CodecConfig
-from pretrain.codec.hyperprior import HyperAnalysis, HyperSynthesis, ViTBlock, WindowedAttention
+from pretrain.codec.hyperprior import ConvBlock, HyperAnalysis, HyperSynthesis, ViTBlock, WindowedAttention
 
 
 def create_config(window: int = 4) -> CodecConfig:
@@ -17,7 +18,7 @@ def create_config(window: int = 4) -> CodecConfig:
 
 def create_hyperprior(seed: int = 0) -> nn.ModuleList:
     torch.manual_seed(seed)
-    return nn.ModuleList([HyperAnalysis(create_config()), HyperSynthesis(create_config())])
+    return wake(nn.ModuleList([HyperAnalysis(create_config()), HyperSynthesis(create_config())]))
 
 
 @pytest.fixture
@@ -124,10 +125,18 @@ def test_attention__is_global_up_to_the_window():
     assert ((layer(changed) - layer(x)).abs().amax(dim=(0, 3)) > 0).all()
 
 
+@pytest.mark.parametrize("block", [ViTBlock, ConvBlock])
+@torch.no_grad()
+def test_block__begins_as_the_identity_and_does_not_stay_it(block: type[ViTBlock] | type[ConvBlock]):
+    begun, x = block(create_config()), torch.randn(2, 24, 6, 5)
+    assert torch.equal(begun(x), x)
+    assert (wake(begun)(x) - x).abs().mean() > 0.01
+
+
 @torch.no_grad()
 def test_vit_block__runs_under_autocast_in_any_memory_format():
     torch.manual_seed(0)
-    block, x = ViTBlock(create_config()), torch.randn(2, 24, 6, 5)
+    block, x = wake(ViTBlock(create_config())), torch.randn(2, 24, 6, 5)
     exact = block(x)
     torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last)), exact)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -9,8 +9,9 @@ from small_codecs import NARROW
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from pretrain.codec.entropy import bits_per_image
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.codec.klt import STEPS, Components, begin_as_klt, num_images
+from pretrain.codec.klt import STEPS, Z_STEPS, Components, begin_as_klt, num_images
 from pretrain.objectives import mse_distance
 
 # Options, and the share of energy that so many components may lose before anything is rounded.
@@ -72,12 +73,39 @@ def test_begin_as_klt__what_carries_nothing_yet_can_learn_to():
     features = maps(0)
     begin_as_klt(codec, [features])
     with torch.enable_grad():
-        mse_distance(codec.compress_features(features)[0], features, True).backward()
-    for module in (*codec.g_a.convolutions, *codec.g_s.convolutions):
+        f3, likelihoods = codec.compress_features(features)
+        (mse_distance(f3, features, True) + bits_per_image(likelihoods.values()).mean()).backward()
+    for module in (
+        *codec.g_a.convolutions, *codec.g_s.convolutions, *codec.h_a.convolutions, *codec.h_s.convolutions
+    ):  # fmt: skip
         assert module.weight.grad is not None
         moved = module.weight.grad.abs().amax((2, 3)) > 0
         dead = ~(moved | (module.weight.abs().amax((2, 3)) > 0))
         assert not dead.any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"hyperprior": "conv"}, {"hyper_dim": 24, "z_channels": 40}, {"z_channels": 4}]
+)
+@torch.no_grad()
+def test_begin_as_klt__z_takes_more_bits_off_y2_than_it_costs(options: dict[str, Any]):
+    """Neighbours are alike in these maps; without z the prior of y2 has each component's own deviation."""
+    codec = codec_of(transform_channels=16, latent_channels=32, **options)
+    seen = torch.cat([maps(seed, number=256) for seed in (0, 1)])
+    begin_as_klt(codec, [seen])
+    assert codec.h_a(codec.g_a(seen)).std((0, 2, 3))[0].item() == pytest.approx(Z_STEPS, rel=1e-2)
+    codec.update()
+    y2 = codec.g_a(maps(2))
+    z = codec.h_a(y2)
+
+    def bits(z: Tensor) -> dict[str, Tensor]:
+        _, likelihoods = codec._quantize(y2, z, None, None)
+        return {name: -each.log2().sum() for name, each in likelihoods.items()}
+
+    told = bits(z)
+    codec.h_s.head.bias.chunk(2)[1].copy_(y2.std((0, 2, 3)).clamp_min(0.11))
+    untold = bits(torch.zeros_like(z))
+    assert told["y2"] + told["z"] < untold["y2"]
 
 
 @torch.no_grad()

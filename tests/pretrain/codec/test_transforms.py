@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_codecs import wake
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,7 @@ CHANNELS = 32
 def create_transforms(seed: int = 0) -> nn.ModuleList:
     torch.manual_seed(seed)
     config = CodecConfig(transform_channels=16, latent_channels=32)
-    return nn.ModuleList([AnalysisTransform(CHANNELS, config), SynthesisTransform(CHANNELS, config)])
+    return wake(nn.ModuleList([AnalysisTransform(CHANNELS, config), SynthesisTransform(CHANNELS, config)]))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 48), (80, 32)])
