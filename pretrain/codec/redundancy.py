@@ -12,6 +12,7 @@ Sources: DICM (Tang, Yi, Wang 2025), Fig. 2; convolutional modulation from Conv2
 
 from __future__ import annotations
 
+import torch
 from compressai.entropy_models import EntropyBottleneck
 from timm.layers import LayerNorm2d
 from timm.models.metaformer import MetaFormerBlock, SepConv, StarReLU
@@ -20,15 +21,13 @@ from torch.nn.functional import gelu
 
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.entropy import bottleneck_likelihood
-from pretrain.codec.residual import begin_at_zero
 from pretrain.codec.tiles import in_strips
+
+LAYER_SCALE = 1e-6
 
 
 class Conv2FormerBlock(nn.Module):
-    """x + proj(a(LN x) * v(LN x)), a = depthwise(GELU(1x1)); then x + MLP(LN x); (N, C, H, W) kept.
-
-    Training starts from the identity.
-    """
+    """x + g1 * proj(a(LN x) * v(LN x)), a = depthwise(GELU(1x1)); then x + g2 * MLP(LN x); (N, C, H, W) kept."""
 
     def __init__(self, channels: int, kernel: int):
         super().__init__()
@@ -40,20 +39,21 @@ class Conv2FormerBlock(nn.Module):
         )
         self.value = nn.Conv2d(channels, channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
+        self.gamma1 = nn.Parameter(torch.full((channels, 1, 1), LAYER_SCALE))
         self.norm2 = LayerNorm2d(channels)
         self.fc1 = nn.Conv2d(channels, 4 * channels, 1)
         self.position = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1, groups=4 * channels)
         self.fc2 = nn.Conv2d(4 * channels, channels, 1)
-        begin_at_zero(self.proj, self.fc2)
+        self.gamma2 = nn.Parameter(torch.full((channels, 1, 1), LAYER_SCALE))
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x)
-        x = x + self.proj(self.attend(normed) * self.value(normed))
+        x = x + self.gamma1 * self.proj(self.attend(normed) * self.value(normed))
         return in_strips(self._mlp, x, halo=1)
 
     def _mlp(self, x: Tensor) -> Tensor:
         hidden = gelu(self.fc1(self.norm2(x)))
-        return x + self.fc2(hidden + gelu(self.position(hidden)))
+        return x + self.gamma2 * self.fc2(hidden + gelu(self.position(hidden)))
 
 
 def create_block(config: CodecConfig, channels: int) -> nn.Module:

@@ -1,6 +1,6 @@
 """How residual branches begin: at zero, so that a fresh block is the identity and learns at full speed at once.
 
-Layer scales of 1e-6, which ConvNeXt, HorNet and Conv2Former begin with, need a long training to grow.
+Layer scales of 1e-6, which HorNet begins with, need a long training to grow.
 
 Source: Zhang, Dauphin, Ma 2019, "Fixup Initialization: Residual Learning Without Normalization".
 """

@@ -34,7 +34,9 @@ def codec() -> FeatureCodec:
     torch.manual_seed(0)
     codec = wake(FeatureCodec(config).eval().requires_grad_(False))
     for name, parameter in codec.named_parameters():
-        if "positions" in name:
+        if "gamma" in name:
+            parameter.fill_(0.5)
+        elif "positions" in name:
             parameter.normal_()
         elif name.endswith("filter.weight") and parameter.shape[-1] == 2:
             parameter.normal_(std=0.5)
