@@ -6,11 +6,11 @@
          -> 2x2 places of these       -> their first principal components, z   last 3x3 /2 of h_a, first x2 of h_s
 
 From random weights a signal fades on its way through the networks, nothing is left of it after rounding, and most of a
-short training goes by until it is. Of z nothing is ever left then: what it costs in a prior of every width goes down at
-once, what it could say is learnt slowly. The Karhunen-Loeve transform is the best linear one for a squared error at
-high rates, in two steps of two by two places nearly that of four by four. Everything else in the networks starts as
-the identity: residual branches end with zero, slopes of activations are one. Priors start with the components'
-deviations.
+short training goes by until it is. Of z nothing is ever left then: in a prior that begins wide it costs more than it
+says, and it learns to say nothing before it learns what to say. The Karhunen-Loeve transform is the best linear one
+for a squared error at high rates, in two steps of two by two places nearly that of four by four. Everything else in
+the networks starts as the identity: residual branches end with zero, slopes of activations are one. Priors start with
+the components' deviations.
 
 Sources: the transform, Goyal, "Theoretical foundations of transform coding", IEEE Signal Processing Magazine 2001.
 """
@@ -49,7 +49,8 @@ def begin_as_klt(codec: CodecNetwork, f2: Iterable[Tensor]) -> None:
     up, narrow, last = codec.g_s.convolutions
     first = Components.of(_blocks(features), down.out_channels)
     passed = min(widen.in_channels, widen.out_channels)
-    second = Components.of(_blocks(first.project(features)[:, :passed]), out.out_channels)
+    projected = first.project(features)[:, :passed]
+    second = Components.of(_blocks(projected), out.out_channels)
     step = second.step(STEPS)
 
     _analyse(down, first)
@@ -59,10 +60,10 @@ def begin_as_klt(codec: CodecNetwork, f2: Iterable[Tensor]) -> None:
     _analyse(out, second, 1 / step)
     _synthesize(up, second, step)
 
-    count = len(second.deviations)
-    y2 = features.new_zeros(len(features), codec.config.latent_channels, *(side // 4 for side in features.shape[-2:]))
-    y2[:, :count] = second.project(first.project(features)[:, :passed]) / step
-    _begin_hyperprior(codec, y2)
+    # Channels without a component, where the latent is wide, are zero as yet for all that the hyperprior knows.
+    y2 = second.project(projected) / step
+    padding = out.out_channels - len(second.deviations)
+    _begin_hyperprior(codec, nn.functional.pad(y2, (0, 0, 0, 0, 0, padding)))
 
 
 def _begin_hyperprior(codec: CodecNetwork, y2: Tensor) -> None:
