@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from compressai.ops import quantize_ste
 from torch import Tensor, nn
+from torch.distributions.transforms import SoftplusTransform
 
 from pretrain.errors import CodecError
 
@@ -121,10 +121,10 @@ def narrow_prior(model: EntropyBottleneck, deviations: Tensor) -> None:
     would be with a scale for each channel, of values with the noise of training, whose variance is 1/12.
     """
     scales = (deviations.square() + 1 / 12).sqrt() * math.sqrt(3) / math.pi
+    softplus = SoftplusTransform()
     factor = (model.init_scale / scales) ** (1 / len(model.matrices))
     for matrix in model.matrices:
-        steeper = F.softplus(matrix) * factor[:, None, None]
-        matrix.copy_(steeper + torch.log(-torch.expm1(-steeper)))  # the inverse of softplus
+        matrix.copy_(softplus.inv(softplus(matrix) * factor[:, None, None]))
 
 
 @torch.no_grad()

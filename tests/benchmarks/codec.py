@@ -1,4 +1,4 @@
-"""The codec beside CompressAI's mbt2018-mean (quality 4) and bmshj2018-hyperprior, on the same images in one run.
+"""What the codec's streams are: their bytes beside the estimate, symbols under disturbances, tiles and bfloat16.
 
     python tests/benchmarks/codec.py --data PHOTOS [--codec CODEC] [--limit 12] [--threads 2] [--only PART ...] [--json FILE]
 
@@ -7,54 +7,60 @@ PHOTOS is searched for images. Parts, each with a table of its own and its figur
     rate     real bytes against the estimate, and what the guard list costs: all images, and crops of odd sizes
     symbols  symbols that change under other thread counts, memory formats and scales off by up to the guard: none
     variants what tiles and bfloat16 change: bytes, and features, also near the seams of tiles
-    speed    512 x 768: encode, share of entropy coding, bytes to the input of layer2; multiply-adds; a profile
-    memory   peak of encoding 1024 x 2048, each codec in a process of its own
-    growth   encoding time per pixel from 256 x 256 to 2048 x 2048
-    contexts 512 x 768, recipe `evidence`: what context models take of time
 
-`rate`, `symbols` and `variants` are of --codec where given. The others but the last are of the authors' widths (recipe
-dicm_resnet50) and of recipe `fast`. All have random weights whose latents are scaled to a deviation of one, as are
-CompressAI's: times depend on how many symbols there are and hardly on their values. CompressAI's decoder gives pixels,
-so stem and layer1 are added to it.
+They are of --codec where given, else of the authors' widths (recipe dicm_resnet50) with random weights. What the codec
+takes of time and memory is codec_costs.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressai.zoo import bmshj2018_hyperprior, mbt2018_mean
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from data_pipeline.views import normalize
 from pretrain.codec import bitstream
-from pretrain.codec.config import CONTEXTS, CodecConfig
+from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.memory import keep_freed_memory
 from pretrain.codec.precision import has_bfloat16
 from pretrain.run import resolve
 
-PARTS = ("rate", "symbols", "variants", "speed", "memory", "growth", "contexts")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SIZES = [(16, 16), (17, 31), (64, 65), (333, 500), (1024, 2048)]
 TILE = 256
-OURS = ("dicm", "dicm bf16", "fast", "fast bf16")
-THEIRS = {"mbt2018-mean": mbt2018_mean, "bmshj2018-hyperprior": bmshj2018_hyperprior}
 CONSOLE = Console(width=120)
+
+
+def create_parser(description: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
+    """Options that both scripts have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of images, searched through")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
+
+
+def begin(options: argparse.Namespace, limit: int) -> list[Tensor]:
+    """Prepare this process; the first `limit` images (3, H, W) uint8 of --data."""
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()  # both sides; as `dicm encode` does
+    if not has_bfloat16(torch.device("cpu")):
+        print("this processor has no bfloat16: rows called bf16 are float32")
+    files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise SystemExit(f"error: --data {options.data}: no images")
+    return [decode_image(str(path), mode=ImageReadMode.RGB) for path in files[:limit]]
 
 
 def our_codec(name: str, image: Tensor, *options: str) -> FeatureCodec:
@@ -72,50 +78,6 @@ def our_codec(name: str, image: Tensor, *options: str) -> FeatureCodec:
         codec.h_s.head.weight.mul_(0.1)
         codec.h_s.head.bias.copy_(torch.cat([y2.mean(dim=(0, 2, 3)), y2.std(dim=(0, 2, 3))]))
     return codec
-
-
-class TheirCodec(nn.Module):
-    """A CompressAI model with random weights scaled alike, and the head of a ResNet-50 that reads its pixels."""
-
-    def __init__(self, name: str, image: Tensor, head: Callable[[Tensor], Tensor]):
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = THEIRS[name](quality=4, pretrained=False).eval().requires_grad_(False)
-        self._head = (head,)
-        images = image[None].float() / 255
-        with torch.inference_mode():
-            self.model.g_a[-1].weight.div_(self.model.g_a(images).std())
-            y = self.model.g_a(images)
-            z_of = (lambda y: self.model.h_a(y)) if name == "mbt2018-mean" else (lambda y: self.model.h_a(y.abs()))
-            self.model.h_a[-1].weight.div_(z_of(y).std())
-        self.model.update(force=True)
-
-    @torch.inference_mode()
-    def encode(self, image: Tensor) -> dict[str, Any]:
-        """Their streams and shape; sides are multiples of 64 here."""
-        return self.model.compress(image[None].float() / 255)
-
-    @torch.inference_mode()
-    def decode(self, stream: dict[str, Any]) -> Tensor:
-        """Pixels, then the input of layer2."""
-        pixels = self.model.decompress(stream["strings"], stream["shape"])["x_hat"]
-        return self._head[0](normalize(pixels))
-
-
-def create(name: str, image: Tensor) -> FeatureCodec | TheirCodec:
-    """A codec by name."""
-    return our_codec(name, image) if name in OURS else TheirCodec(name, image, our_codec("dicm", image).backbone.head)
-
-
-def milliseconds(function: Callable[[], Any], repeat: int) -> float:
-    """Median of `repeat` runs after one that warms up."""
-    function()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        function()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 def resized(image: Tensor, height: int, width: int) -> Tensor:
@@ -247,171 +209,22 @@ def measure_variants(codec: FeatureCodec, images: list[Tensor]) -> dict[str, dic
     return figures
 
 
-def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
-    """Times and multiply-adds of one image of 512 x 768."""
-    figures: dict[str, Any] = {}
-    for name in (*OURS, *THEIRS):
-        codec = create(name, image)
-        stream = codec.encode(image)
-        row = {
-            "encode_ms": milliseconds(lambda c=codec: c.encode(image), repeat),
-            "decode_ms": milliseconds(lambda c=codec, s=stream: c.decode(s), repeat),
-            "encode_gmac": gmac(lambda c=codec: c.encode(image)),
-            "decode_gmac": gmac(lambda c=codec, s=stream: c.decode(s)),
-        }
-        if isinstance(codec, FeatureCodec):
-            with codec._coding(), torch.inference_mode():
-                y2, z = (latent.float() for latent in codec.analyse(normalize(image[None].float() / 255)))
-            coder = codec._ready()
-            symbols = (
-                coder.predict(torch.zeros_like(z).int(), [None]),
-                torch.round(z)[0].int(),
-                torch.round(y2)[0].int(),
-            )
-            predicted, z_symbols, y2_symbols = symbols
-            layers = (z_symbols, y2_symbols, predicted.indexes[0], predicted.close[0])
-            row["coding_ms"] = milliseconds(lambda c=coder, p=layers: c._layers(*p), repeat)
-        figures[name] = row
-        if name == "dicm":
-            figures["profile"] = profiled(lambda c=codec: c.encode(image))
-    table = Table("codec", "encode ms", "to layer2 ms", "coding ms", "share", "encode GMAC", "decode GMAC",
-                  title="speed at 512 x 768, medians")  # fmt: skip
-    for name in (*OURS, *THEIRS):
-        row = figures[name]
-        coding = row.get("coding_ms")
-        table.add_row(
-            name, f"{row['encode_ms']:.0f}", f"{row['decode_ms']:.0f}", f"{coding:.1f}" if coding else "",
-            f"{100 * coding / row['encode_ms']:.1f} %" if coding else "", f"{row['encode_gmac']:.1f}",
-            f"{row['decode_gmac']:.1f}",
-        )  # fmt: skip
-    CONSOLE.print(table)
-    for name in OURS:
-        ratios = {
-            key: figures[name][f"{key}_ms"] / figures["mbt2018-mean"][f"{key}_ms"] for key in ("encode", "decode")
-        }
-        figures[name]["ratios"] = ratios
-        print(f"{name} over mbt2018-mean: encode {ratios['encode']:.2f}, bytes to layer2 {ratios['decode']:.2f}")
-    print(figures["profile"])
-    return figures
-
-
-def gmac(function: Callable[[], Any]) -> float:
-    """Multiply-adds, in 10^9."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops() / 2e9
-
-
-def profiled(function: Callable[[], Any]) -> str:
-    """The operators that take most of the time."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        function()
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=48)
-
-
-def measure_memory(data: Path) -> dict[str, float]:
-    """Peak MiB above what the loaded codec takes, of encoding 1024 x 2048; `tile` is ours in tiles of 512."""
-    figures = {}
-    for name, tile in (("dicm", 0), ("dicm bf16", 0), ("dicm", 512), ("fast", 0), ("mbt2018-mean", 0)):
-        command = [sys.executable, __file__, "--data", str(data), "--peak-of", name, "--tile", str(tile)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        figures[name + (" tile" if tile else "")] = float(out.splitlines()[-1])
-    table = Table("codec", "MiB", title="memory: peak of encoding 1024 x 2048, above the loaded codec")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:.0f}")
-    CONSOLE.print(table)
-    return figures
-
-
-def peak_of(name: str, image: Tensor, tile: int) -> float:
-    """Peak MiB of this process while `name` encodes, above what it had before."""
-    codec = create(name, resized(image, 256, 256))
-    codec.encode(resized(image, 64, 64))
-    large = resized(image, 1024, 2048)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    codec.encode(large, **({"tile": tile} if tile else {}))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
-def measure_growth(image: Tensor) -> dict[str, float]:
-    """Nanoseconds a pixel of encoding, by side; decoding beside it."""
-    codec = our_codec("dicm", resized(image, 256, 256))
-    figures: dict[str, float] = {}
-    table = Table("side", "encode ns/pixel", "decode ns/pixel", title="growth")
-    for side, repeat in ((256, 9), (512, 5), (1024, 3), (2048, 1)):
-        picture = resized(image, side, side)
-        stream = codec.encode(picture)
-        encode = 1e6 * milliseconds(lambda p=picture: codec.encode(p), repeat) / side**2
-        decode = 1e6 * milliseconds(lambda s=stream: codec.decode(s), repeat) / side**2
-        figures[f"encode_{side}"], figures[f"decode_{side}"] = encode, decode
-        table.add_row(str(side), f"{encode:.0f}", f"{decode:.0f}")
-    CONSOLE.print(table)
-    ratio = figures["encode_2048"] / figures["encode_256"]
-    print(f"per pixel, 2048 over 256: encode {ratio:.2f}, decode {figures['decode_2048'] / figures['decode_256']:.2f}")
-    return figures
-
-
-def measure_contexts(image: Tensor, repeat: int) -> dict[str, dict[str, float]]:
-    """Times of one image of 512 x 768 by context model."""
-    figures: dict[str, dict[str, float]] = {}
-    table = Table("context", "encode ms", "decode ms", "encode over none", "decode over none", title="context models")
-    for context in CONTEXTS:
-        codec = our_codec("evidence", image, f"codec.context={context}")
-        stream = codec.encode(image)
-        row = {
-            "encode_ms": milliseconds(lambda c=codec: c.encode(image), repeat),
-            "decode_ms": milliseconds(lambda c=codec, s=stream: c.decode(s), repeat),
-        }
-        figures[context] = row
-        ratios = (f"{row[key] / figures['none'][key]:.2f}" for key in row)
-        table.add_row(context, *(f"{each:.0f}" for each in row.values()), *ratios)
-    CONSOLE.print(table)
-    return figures
+PARTS = {"rate": measure_rate, "symbols": measure_symbols, "variants": measure_variants}
 
 
 def main() -> None:
     """Measure, print, write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of images, searched through")
-    parser.add_argument("--codec", help="exported codec, for rate and symbols; without it the authors' widths")
+    parser = create_parser(__doc__, PARTS)
+    parser.add_argument("--codec", help="exported codec; without it the authors' widths")
     parser.add_argument("--limit", type=int, default=12, help="number of images")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    parser.add_argument("--tile", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    keep_freed_memory()  # both sides; as `dicm encode` does
-    if not has_bfloat16(torch.device("cpu")):
-        print("this processor has no bfloat16: rows called bf16 are float32")
-
-    files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        parser.error(f"--data {options.data}: no images")
-    if options.peak_of:
-        print(peak_of(options.peak_of, decode_image(str(files[0]), mode=ImageReadMode.RGB), options.tile))
-        return
-    images = [decode_image(str(path), mode=ImageReadMode.RGB) for path in files[: options.limit]]
-    standard = resized(images[0], 512, 768)
-    figures: dict[str, Any] = {}
-    if {"rate", "symbols", "variants"} & set(options.only):
-        codec = FeatureCodec.from_pretrained(options.codec) if options.codec else our_codec("dicm", standard)
-        if "rate" in options.only:
-            figures["rate"] = measure_rate(codec, images)
-        if "symbols" in options.only:
-            figures["symbols"] = measure_symbols(codec, images)
-        if "variants" in options.only:
-            figures["variants"] = measure_variants(codec, images)
-    if "speed" in options.only:
-        figures["speed"] = measure_speed(standard, options.repeat)
-    if "memory" in options.only:
-        figures["memory"] = measure_memory(options.data)
-    if "growth" in options.only:
-        figures["growth"] = measure_growth(images[0])
-    if "contexts" in options.only:
-        figures["contexts"] = measure_contexts(standard, options.repeat)
+    images = begin(options, options.limit)
+    codec = (
+        FeatureCodec.from_pretrained(options.codec)
+        if options.codec
+        else our_codec("dicm", resized(images[0], 512, 768))
+    )
+    figures = {part: PARTS[part](codec, images) for part in options.only}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

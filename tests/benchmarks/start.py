@@ -2,8 +2,9 @@
 
 Trains the stage `codec` of recipe `evidence` several times from the backbone of one exported codec, in the same number
 of steps: networks of random weights, networks that begin as the KLT of the features, the same with each context model,
-and the last with the plain sum of the losses at all rates and without parts of the network. Prints at each trained rate real bits per pixel and
-the objective's distortion on the validation split, and the BD-rate against the first at equal distortion.
+and the last with the plain sum of the losses at all rates and without parts of the network. Prints at each trained rate
+real bits per pixel and the objective's distortion on the validation split, and the BD-rate against the first at equal
+distortion.
 
     python tests/benchmarks/start.py --data data/tiny --init codec --out runs/start [--epochs 2] [--only KLT ...]
 """
