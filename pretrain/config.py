@@ -47,6 +47,7 @@ class StageConfig:
     dual_rate: float = 0.02  # step size of that ascent, on the weight's logarithm
     optimizer: str = "sgd"
     lr: float = 0.03
+    lr_fan_in: float = 0.0  # adam, adamw: weights that read more inputs learn as much more slowly; 0: all alike
     weight_decay: float = 0.0
     warmup: float = 0.0  # share of the stage over which the learning rate rises linearly
     cosine: bool = True  # decay to zero along half a cosine; otherwise constant
@@ -164,6 +165,11 @@ def _validate_stage(stage: StageConfig, config: PretrainConfig) -> None:
             "the backbone learns from the contrastive loss and nothing else does"
         )
     _one_of(f"{key}.optimizer", stage.optimizer, OPTIMIZERS)
+    if stage.lr_fan_in < 0 or (stage.lr_fan_in and stage.optimizer == "sgd"):
+        raise ConfigError(
+            f"{key}.lr_fan_in={stage.lr_fan_in:g} with optimizer={stage.optimizer}: it is a number of inputs, for "
+            "adam and adamw; 0 leaves it out"
+        )
     if stage.image_size is not None:
         _image_size(f"{key}.image_size", stage.image_size)
     if stage.epochs <= 0:

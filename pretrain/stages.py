@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from compressai.entropy_models import EntropyBottleneck
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.runtime import Runtime
@@ -88,7 +88,7 @@ class Stage:
         """Set and return the learning rate of step `step` of this stage."""
         if self.config.cosine or step < self.scheduler.warmup_t:
             self.scheduler.step_update(min(step, self.num_steps - 1))
-        return float(self.optimizer.param_groups[0]["lr"])
+        return max(float(group["lr"]) for group in self.optimizer.param_groups if group["initial_lr"] <= self.config.lr)
 
     def _objective(self, codec: FeatureCodec, method: Method) -> nn.Module:
         if self.contrastive:
@@ -136,6 +136,8 @@ def create_optimizer(stage: StageConfig, objective: nn.Module, shard: bool) -> t
     Biases, norms and scales of one dimension are not decayed. Under Adam, whose steps have a size of their own,
     factorized priors and gains learn `FAST` times as fast as networks, and are not decayed. Priors begin wide, and
     until they have narrowed every latent that says nothing costs bits in every image; gains have factors to go.
+    What a step of that size adds to an output grows with the inputs that the output reads: a weight of more than
+    `stage.lr_fan_in` inputs learns as much more slowly (muP; Yang et al. 2022).
 
     `shard` keeps each rank's share of the state only (fairscale OSS; ZeRO stage 1, Rajbhandari et al. 2020).
     """
@@ -144,8 +146,16 @@ def create_optimizer(stage: StageConfig, objective: nn.Module, shard: bool) -> t
     fast = {parameter for module in modules for parameter in module.parameters()}
     networks = [parameter for parameter in trained if parameter not in fast]
     fast_lr = stage.lr * (1 if stage.optimizer == "sgd" else FAST)
+    shares = learning_shares(objective, stage.lr_fan_in)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in networks if p.ndim > 1], "weight_decay": stage.weight_decay},
+        *(
+            {
+                "params": [p for p in networks if p.ndim > 1 and shares.get(p, 1.0) == share],
+                "weight_decay": stage.weight_decay,
+                "lr": stage.lr * share,
+            }
+            for share in sorted({1.0, *shares.values()}, reverse=True)
+        ),
         {"params": [p for p in networks if p.ndim <= 1], "weight_decay": 0.0},
         {"params": [p for p in trained if p in fast], "weight_decay": 0.0, "lr": fast_lr},
     ]
@@ -158,6 +168,24 @@ def create_optimizer(stage: StageConfig, objective: nn.Module, shard: bool) -> t
 
         return OSS(groups, optim=OPTIMIZERS[stage.optimizer], **options)
     return OPTIMIZERS[stage.optimizer](groups, **options)
+
+
+def learning_shares(network: nn.Module, fan_in: float) -> dict[Tensor, float]:
+    """Of the learning rate, the share of each weight of a convolution or linear map with more than `fan_in` inputs.
+
+    Of a transposed convolution an output reads one in stride x stride places of the kernel.
+    """
+    shares = {}
+    for module in network.modules() if fan_in else ():
+        if isinstance(module, nn.ConvTranspose2d):
+            inputs = module.weight[:, 0].numel() / module.groups / math.prod(module.stride)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            inputs = module.weight[0].numel()
+        else:
+            continue
+        if inputs > fan_in:
+            shares[module.weight] = fan_in / inputs
+    return shares
 
 
 def total_steps(config: PretrainConfig, dataset_size: int) -> int:

@@ -47,9 +47,9 @@ def begin_as_klt(codec: CodecNetwork, f2: Iterable[Tensor]) -> None:
     features = torch.cat([each.float() for each in f2])
     down, widen, out = codec.g_a.convolutions
     up, narrow, last = codec.g_s.convolutions
-    first = Components.of(_blocks(features), down.out_channels)
     passed = min(widen.in_channels, widen.out_channels)
-    projected = first.project(features)[:, :passed]
+    first = Components.of(_blocks(features), passed)
+    projected = first.project(features)
     second = Components.of(_blocks(projected), out.out_channels)
     step = second.step(STEPS)
 

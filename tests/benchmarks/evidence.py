@@ -108,7 +108,7 @@ STUDIES = [
           pretrain=["image_size=128", "canvas_size=192", "codec.context=none"], epochs={"ssl": 200, "codec": 200}, task_epochs=60,
           adapt_epochs=30, gates="dynamic,static:32,static:16,variance:32,variance:16",
           anchors="hevc:51,hevc:47,hevc:42,hevc:37,hevc:32"),
-    Study("raccoon", "raccoon_voc", "voc", "detection", "detection_small", options=["max_side=320", "voc07=true"],
+    Study("raccoon", "raccoon_voc", "voc", "detection", "detection_small", options=["val_split=test", "max_side=320", "voc07=true"],
           pretrain=["image_size=128", "canvas_size=144", *FINDING], epochs={"ssl": 120, "codec": 120}, task_epochs=24,
           adapt_epochs=12, anchors="hevc:51,hevc:47,hevc:42,hevc:37"),
     Study("scenes_boxes", None, "scenes", "detection", "detection_small",

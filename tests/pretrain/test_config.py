@@ -43,6 +43,8 @@ def test_resolve__authors_values():
         ("stages.codec.rates=[1,2]", ["stages.codec.rates", "codec.rate_points=1"]),
         ("codec.rate_points=2", ["stages.codec.rates", "codec.rate_points=2"]),
         ("stages.codec.balance=1.5", ["stages.codec.balance=1.5", "0..1"]),
+        ("stages.codec.lr_fan_in=-1", ["stages.codec.lr_fan_in=-1", "number of inputs"]),
+        ("stages.ssl.lr_fan_in=128", ["stages.ssl.lr_fan_in=128", "optimizer=sgd", "0 leaves it out"]),
         ("codec.guard=1", ["codec.guard", "0.01"]),
         ("codec.context=chequerboard", ["chequerboard", "checkerboard"]),
         ("codec.block=conv2fromer", ["block", "conv2former"]),

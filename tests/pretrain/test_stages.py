@@ -33,6 +33,19 @@ def test_create_optimizer__every_trained_parameter_once_at_its_rate(optimizer: s
     assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-3 if optimizer == "sgd" else FAST * 1e-3]
 
 
+def test_create_optimizer__weights_of_many_inputs_learn_more_slowly():
+    objective = nn.Sequential(
+        nn.Linear(8, 2), nn.Conv2d(2, 4, 5), nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 6, 4, stride=2)
+    )
+    stage = StageConfig(name="codec", trains=["compression"], epochs=1, optimizer="adam", lr=1e-3, lr_fan_in=10)
+    groups = create_optimizer(stage, objective, shard=False).param_groups
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    weights = [rates[module.weight] for module in objective]
+    # 8 inputs, 2 x 5 x 5, 3 x 3, and 4 x 4 x 4 of which one in four meets an output.
+    assert weights == pytest.approx([1e-3, 1e-3 * 10 / 50, 1e-3, 1e-3 * 10 / 16])
+    assert all(rates[module.bias] == 1e-3 for module in objective)
+
+
 def test_create_optimizer__a_latent_that_says_nothing_is_soon_cheap():
     torch.manual_seed(0)
     prior = EntropyBottleneck(4)

@@ -17,7 +17,7 @@ from pretrain.objectives import mse_distance
 # Options, and the share of energy that so many components may lose before anything is rounded.
 OPTIONS = [
     ({"transform_channels": 16, "latent_channels": 32}, 0.02),
-    ({"transform_channels": 24, "latent_channels": 16, "base_channels": 8}, 0.1),
+    ({"transform_channels": 24, "latent_channels": 16, "base_channels": 8}, 0.02),
     ({"rgc_orders": [0, 0, 0], "hyperprior": "conv"}, 0.02),
     ({"rate_points": 3, "context": "space_channel", "base_channels": 0}, 0.02),
 ]
