@@ -88,7 +88,7 @@ class Stage:
         """Set and return the learning rate of step `step` of this stage."""
         if self.config.cosine or step < self.scheduler.warmup_t:
             self.scheduler.step_update(min(step, self.num_steps - 1))
-        return max(float(group["lr"]) for group in self.optimizer.param_groups if group["initial_lr"] <= self.config.lr)
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def _objective(self, codec: FeatureCodec, method: Method) -> nn.Module:
         if self.contrastive:
@@ -137,7 +137,7 @@ def create_optimizer(stage: StageConfig, objective: nn.Module, shard: bool) -> t
     factorized priors and gains learn `FAST` times as fast as networks, and are not decayed. Priors begin wide, and
     until they have narrowed every latent that says nothing costs bits in every image; gains have factors to go.
     What a step of that size adds to an output grows with the inputs that the output reads: a weight of more than
-    `stage.lr_fan_in` inputs learns as much more slowly (muP; Yang et al. 2022).
+    `stage.lr_fan_in` inputs learns as much more slowly (muP; Yang et al. 2022). The others come first.
 
     `shard` keeps each rank's share of the state only (fairscale OSS; ZeRO stage 1, Rajbhandari et al. 2020).
     """

@@ -4,7 +4,8 @@
         [--limit 100] [--json FILE]
 
 Prints, for each rate, bits per pixel of the payloads of real streams and the squared error of f3 and of layer2 to layer4
-behind it, in shares of the variance, over the places of each map, of what the backbone makes of the image. Anchors
+behind it, in shares of the variance, over the places of each map, of what the backbone makes of the image; and those
+of the transforms alone, without rounding. Anchors
 (`NAME:QUALITY[@SCALE]`) are seen through each codec's backbone. Needs neither labels nor a trained network.
 """
 
@@ -25,8 +26,10 @@ from cluster.runtime import LocalRuntime
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import picture_of, to_tensor
 from data_pipeline.shards import ShardReader
+from data_pipeline.views import normalize
 from downstream.evaluation.points import DEFAULT_RATES
 from downstream.frozen import FeatureSource, RateMeter, source_of
+from pretrain.codec.backbone import HEAD_STRIDE, crop_to
 from pretrain.codec.feature_codec import FeatureCodec
 
 LAYERS = ("f3", "layer2", "layer3", "layer4")
@@ -53,6 +56,9 @@ def main() -> None:
         codec = FeatureCodec.from_pretrained(folder)
         clean = source_of(codec, "pixels", None, None, CPU)
         wanted = [layers_of(codec, clean.features(image[None])) for image in images]
+        transformed = errors_of(codec, [unrounded(codec, image) for image in images], wanted)
+        rows.append({"backbone": str(folder), "coded_by": "its transforms", "bpp": None, **transformed})
+        table.add_row(str(folder), "its transforms", "", *(f"{transformed[layer]:.3f}" for layer in LAYERS))
         for name, source in sources(codec, arguments.anchors):
             row = {"backbone": str(folder), "coded_by": name, **measure(codec, source, images, wanted)}
             rows.append(row)
@@ -81,17 +87,31 @@ def layers_of(codec: FeatureCodec, features: Tensor) -> tuple[Tensor, ...]:
 def measure(
     codec: FeatureCodec, source: FeatureSource, images: Sequence[Tensor], wanted: Sequence[tuple[Tensor, ...]]
 ) -> dict[str, Any]:
-    """Bits per pixel of real streams, and squared errors from `wanted` by layer in shares of its variance."""
-    meter = RateMeter()
-    errors, variances = torch.zeros(len(LAYERS)), torch.zeros(len(LAYERS))
-    for image, layers in zip(images, wanted, strict=True):
+    """Bits per pixel of real streams, and their errors."""
+    meter, found = RateMeter(), []
+    for image in images:
         features, sizes, payloads = source.through_streams(image[None])
         meter.add(sizes, payloads, *image.shape[1:])
-        for place, (found, clean) in enumerate(zip(layers_of(codec, features), layers, strict=True)):
-            errors[place] += (found - clean).square().sum()
+        found.append(features)
+    return {"bpp": meter.rates(LocalRuntime())["bpp_payload"], **errors_of(codec, found, wanted)}
+
+
+@torch.inference_mode()
+def unrounded(codec: FeatureCodec, image: Tensor) -> Tensor:
+    """Features (1, C, H/4, W/4) of an image that went through the transforms, and nothing else."""
+    y2, _ = codec.analyse(normalize(image[None].float() / 255))
+    return crop_to(codec.g_s(y2), *image.shape[1:], HEAD_STRIDE)
+
+
+@torch.inference_mode()
+def errors_of(codec: FeatureCodec, found: Sequence[Tensor], wanted: Sequence[tuple[Tensor, ...]]) -> dict[str, float]:
+    """Squared errors of features from `wanted`, by layer, in shares of its variance."""
+    errors, variances = torch.zeros(len(LAYERS)), torch.zeros(len(LAYERS))
+    for features, layers in zip(found, wanted, strict=True):
+        for place, (ours, clean) in enumerate(zip(layers_of(codec, features), layers, strict=True)):
+            errors[place] += (ours - clean).square().sum()
             variances[place] += (clean - clean.mean((2, 3), keepdim=True)).square().sum()
-    shares = dict(zip(LAYERS, (errors / variances).tolist(), strict=True))
-    return {"bpp": meter.rates(LocalRuntime())["bpp_payload"], **shares}
+    return dict(zip(LAYERS, (errors / variances).tolist(), strict=True))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Trains the stage `codec` of recipe `evidence` several times from the backbone of one exported codec, in the same number
 of steps: networks of random weights, networks that begin as the KLT of the features, the same with each context model,
-and the last with the plain sum of the losses at all rates and without parts of the network. Prints at each trained rate
-real bits per pixel and the objective's distortion on the validation split, and the BD-rate against the first at equal
-distortion.
+and the last with the plain sum of the losses at all rates, without parts of the network, with the same learning rate for
+all weights, and with wider latents. Prints at each trained rate real bits per pixel and the objective's distortion on
+the validation split, and the BD-rate against the first at equal distortion.
 
     python tests/benchmarks/start.py --data data/tiny --init codec --out runs/start [--epochs 2] [--only KLT ...]
 """
@@ -32,6 +32,16 @@ STARTS = {
     "KLT, space_channel, rates not balanced": ["codec.context=space_channel", "stages.codec.balance=0"],
     "KLT, space_channel, hyperprior of convolutions": ["codec.context=space_channel", "codec.hyperprior=conv"],
     "KLT, space_channel, no gated convolutions": ["codec.context=space_channel", "codec.rgc_orders=[0,0,0]"],
+    "KLT, space_channel, one learning rate": [
+        "codec.context=space_channel",
+        "stages.codec.lr=1e-3",
+        "stages.codec.lr_fan_in=0",
+    ],
+    "KLT, space_channel, wide": [
+        "codec.context=space_channel",
+        "codec.transform_channels=96",
+        "codec.latent_channels=192",
+    ],
 }
 
 
