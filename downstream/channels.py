@@ -140,7 +140,6 @@ def select_channels(run: Path, num: int, out: Path | None = None, chart: Path | 
     if kind != "dynamic":
         raise TaskError(f"{run}: trained with gate={kind}; channels are chosen by a run with gate=dynamic")
     tuner = open_run(run)
-    tuner.logger.close()
     task: Any = tuner.task
     gate = next(module for module in task.model.modules() if isinstance(module, DynamicGate))
     if not 1 <= num <= gate.channels:  # before the work is done

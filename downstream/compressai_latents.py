@@ -318,6 +318,11 @@ class WholeLatents(CompressAILatents):
         height, width = image.shape[-2:]
         return bitstream.pack(self.fingerprint, height, width, [Layer(payload, 0)])
 
+    def payload_bytes(self, stream: bytes) -> int:
+        """Bytes of the model's strings: their lengths are framing, which CompressAI's own figures leave out, too."""
+        _, (layer,) = bitstream.unpack(stream, self.fingerprint)
+        return sum(map(len, self._strings(layer.payload)))
+
     def receive(self, stream: bytes) -> Received:
         info = bitstream.describe(stream)
         return Received(self.decode(stream), None, info.height, info.width)
@@ -325,14 +330,20 @@ class WholeLatents(CompressAILatents):
     @torch.no_grad()
     def decode(self, stream: bytes) -> Tensor:
         info, (layer,) = bitstream.unpack(stream, self.fingerprint)
-        strings, position = [], 0
-        while position < len(layer.payload):
-            (length,) = struct.unpack_from("<I", layer.payload, position)
-            strings.append([layer.payload[position + 4 : position + 4 + length]])
-            position += 4 + length
+        strings = [[string] for string in self._strings(layer.payload)]
         rows, columns = (-(-side // STEP) for side in (info.height, info.width))
         shape = self._shape(rows * STEP, columns * STEP)
         return self._input_of_synthesis(lambda: self.model.decompress(strings, shape))
+
+    @staticmethod
+    def _strings(payload: bytes) -> list[bytes]:
+        """What `encode` put in a row."""
+        strings, position = [], 0
+        while position < len(payload):
+            (length,) = struct.unpack_from("<I", payload, position)
+            strings.append(payload[position + 4 : position + 4 + length])
+            position += 4 + length
+        return strings
 
     def _shape(self, height: int, width: int) -> Any:
         """What `decompress` wants to know of an image of this size, each model in a form of its own."""

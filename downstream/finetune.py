@@ -145,7 +145,6 @@ class Finetuner:
         self.store = open_checkpoints(config, config.run, on_saved=runtime.report_checkpoint)
         newest = runtime.broadcast(self.store.newest() if runtime.rank == 0 else None)
         self.step: int = newest or 0
-        self.logger = MetricsLogger(config.run, rank=runtime.rank, step=self.step, publish=runtime.publish)
         self.meter, self.first_step = StepMeter(runtime), self.step
         self.started = time.perf_counter()
 
@@ -156,6 +155,9 @@ class Finetuner:
 
     def train(self) -> None:
         """Train every stage that is left, evaluate on real streams, write the results."""
+        self.logger = MetricsLogger(
+            self.config.run, rank=self.runtime.rank, step=self.step, publish=self.runtime.publish
+        )
         try:
             if self.config.cache == "bitstreams" and self.step < self.num_steps and not self._encode_once():
                 return
@@ -313,11 +315,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     Raises:
         TaskError: not a run folder, or a run that is not complete: its results would pass for the final ones.
     """
-    tuner = open_run(folder)
-    try:
-        results = {**read_results(folder), **tuner.task.evaluate()}
-    finally:
-        tuner.logger.close()
+    results = {**read_results(folder), **open_run(folder).task.evaluate()}
     write_results(folder, results)
     return results
 

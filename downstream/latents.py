@@ -76,6 +76,10 @@ class LatentCodec(ABC):
         """CodecError where channels cannot be sent one without the other; that is the exception."""
         return
 
+    def payload_bytes(self, stream: bytes) -> int:
+        """Bytes of a stream without its header: its layers."""
+        return sum(bitstream.describe(stream).layers.values())
+
     def split(self, stream: bytes) -> tuple[bytes, bytes]:
         """Base and rest: with chosen channels, the first is what a task needs; in a row they are the stream again."""
         end = bitstream.describe(stream).base_bytes

@@ -28,7 +28,6 @@ from PIL import Image, features
 from downstream.compressai_latents import MODELS, create_latents, load_model, most_quality
 from downstream.errors import TaskError
 from downstream.evaluation import hevc, programs
-from pretrain.codec import bitstream
 
 FORMATS: dict[str, dict[str, object]] = {
     "jpeg": {"format": "JPEG", "optimize": True},
@@ -36,6 +35,7 @@ FORMATS: dict[str, dict[str, object]] = {
     "avif": {"format": "AVIF", "speed": 4},
 }
 CHROMA = {"hevc": "420", "hevc444": "444"}
+_FILES = (*FORMATS, *CHROMA, *programs.PROGRAMS)
 SIZE = struct.Struct("<HH")  # of the image, before the file of one that was shrunk
 LEAST_SIDE = 16  # pixels, of an image that is shrunk
 
@@ -128,7 +128,7 @@ class ModelAnchor(Anchor):
         return image.mul(255).round_().to(torch.uint8).contiguous().numpy()
 
     def payload_bytes(self, data: bytes, height: int, width: int) -> int:
-        return sum(bitstream.describe(data).layers.values())
+        return self._latents.payload_bytes(data)
 
 
 class ShrunkAnchor(Anchor):
@@ -159,14 +159,18 @@ class ShrunkAnchor(Anchor):
         return tuple(max(LEAST_SIDE, math.ceil(side * self.spec.scale)) for side in (height, width))  # type: ignore[return-value]
 
 
+def is_anchor(name: str) -> bool:
+    """Whether a codec of pixels is called so."""
+    return name in _FILES or name in MODELS
+
+
 def check_anchor(text: str) -> AnchorSpec:
     """What "NAME:QUALITY" or "NAME:QUALITY@SCALE" says (TaskError where there is no such codec here)."""
     head, _, scale = text.partition("@")
     name, _, quality = head.partition(":")
-    known = [*FORMATS, *CHROMA, *programs.PROGRAMS]
-    if name not in known and name not in MODELS:
+    if not is_anchor(name):
         raise TaskError(
-            f"anchor={text} is unknown; use one of {', '.join(known)} or of CompressAI's models ({', '.join(MODELS)}) "
+            f"anchor={text} is unknown; use one of {', '.join(_FILES)} or of CompressAI's models ({', '.join(MODELS)}) "
             "and a quality, for example jpeg:30"
         )
     least, most = quality_range(name)

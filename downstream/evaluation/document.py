@@ -137,7 +137,10 @@ class Document:
         _write(path, page.encode())
 
     def write_markdown(self, folder: Path, name: str = "README.md") -> None:
-        """Write FOLDER/NAME and its pictures (TaskError where the disk refuses)."""
+        """Write FOLDER/NAME and its pictures, whose names differ (TaskError where the disk refuses)."""
+        blocks = [block for section in self.sections for block in section.blocks]
+        named = [block.name for block in blocks if isinstance(block, Plot | Picture | Tiles)]
+        assert len(set(named)) == len(named), f"two pictures have one name: {sorted(named)}"
         parts = [f"# {self.title}", self.lead]
         for section in self.sections:
             if section.blocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from pretrain.feature_picture import feature_picture
 
 INK = "#808890"  # readable on light and on dark ground
 SERIES = {"codec": "#2f7ed8", "jpeg": "#d9822b", "webp": "#9467bd", "avif": "#c23b6b", "clean pixels": "#59a14f"}
+OTHERS = ("#17a2b8", "#8c6d31", "#e15759", "#7f7f7f")  # for codecs of other names
 MARKERS = {"codec": "o", "jpeg": "s", "webp": "^", "avif": "D"}
 
 
@@ -31,8 +33,9 @@ def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
     """Accuracy over bits per pixel, a line for each codec; clean pixels as a level line."""
     metric, title = next(iter(metric_titles(results[0]).items()))
     figure, axes = axes_of("bits per pixel of the validation images, whole files", f"{title}, %")
+    others = iter(OTHERS)
     for name, rows in grouped(results).items():
-        colour = SERIES.get(name, INK)
+        colour = SERIES.get(name) or next(others, INK)
         accuracies = [100 * (row[metric] or 0.0) for row in rows]
         if name == "clean pixels":
             axes.axhline(accuracies[0], color=colour, linestyle="--", linewidth=1.4)
@@ -80,10 +83,11 @@ def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def series_of(row: dict[str, Any]) -> str:
-    """The codec of a result: codec, or a model's latents, with its gate; jpeg, ...; or clean pixels."""
+    """The codec of a result: its folder's name, or a model's latents, with its gate; jpeg, ...; or clean pixels."""
     if row["input"] == "streams":
         gate = f", {row['gate']} gate" if row.get("gate") else ""
-        return (row.get("latents", "codec") if gate else "codec") + gate
+        latents = row.get("latents", "codec") if gate else "codec"
+        return (Path(row["codec"]).name if latents == "codec" else latents) + gate
     return row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,8 +14,9 @@ from omegaconf import MISSING
 from torch import nn
 
 from cluster.recipes import load_config
+from downstream.compressai_latents import MODELS
 from downstream.errors import TaskError
-from downstream.evaluation.anchors import check_anchor
+from downstream.evaluation.anchors import AnchorSpec, check_anchor, is_anchor
 from downstream.latent_config import LatentConfig
 from downstream.results import read_results
 from downstream.runs import load_run
@@ -23,6 +26,12 @@ from pretrain.codec.feature_codec import FeatureCodec
 
 PROTOCOLS = ("frozen", "adapted")
 DEFAULT_RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
+LABEL = re.compile(r"[A-Za-z0-9][\w .+-]*", re.ASCII)  # also names folders
+# What a point sets itself, or what must be the same for all.
+OWN_OPTIONS = {
+    "task", "data", "codec", "run", "input", "anchor", "anchor_weights", "rate", "init", "epochs", "checkpoints",
+    "gate", "num_channels", "channels",
+}  # fmt: skip
 
 
 @dataclass
@@ -30,7 +39,7 @@ class SweepConfig:
     """What a sweep covers."""
 
     task: str = MISSING
-    runs: list[str] = field(default_factory=list)  # complete fine-tunes on clean pixels, one for each seed or codec
+    runs: list[str] = field(default_factory=list)  # complete fine-tunes on clean pixels, one for each seed
     out: str = "runs/sweep"  # running again with the same one goes on
     anchors: list[str] = field(default_factory=list)  # names, or NAME:QUALITY[@SCALE]
     qualities: list[str] = field(default_factory=list)  # for anchors that were given without one: 37, 42@0.5
@@ -56,6 +65,15 @@ class SweepConfig:
         for protocol in self.protocols:
             if protocol not in PROTOCOLS:
                 raise TaskError(f"protocols={protocol} is unknown; use one of {', '.join(PROTOCOLS)}")
+        name = self.label.split(" ")[0]
+        if not LABEL.fullmatch(self.label) or is_anchor(name):
+            raise TaskError(
+                f"label={self.label} is impossible; use letters, digits, spaces and ._+-, and not the name of an anchor"
+            )
+        for key in ("options", "anchor_options"):
+            for option in getattr(self, key):
+                if option.partition("=")[0].strip("+~ ") in OWN_OPTIONS:
+                    raise TaskError(f"{key}={option} is impossible; every point of a sweep has its own, leave it out")
         for key in ("epochs", "parallel"):
             if getattr(self, key) < 1:
                 raise TaskError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
@@ -103,6 +121,16 @@ class Point:
         """Of its folder, in that of its base run."""
         return point_name(self.codec, self.quality, self.protocol)
 
+    @property
+    def run_name(self) -> str:
+        """Of the folder for its base run."""
+        return run_name(self.run)
+
+
+def run_name(run: str) -> str:
+    """The last part of a path, also of one that is written as "." or "a/.."."""
+    return Path(os.path.abspath(run)).name  # `resolve` would follow links to other names
+
 
 def point_name(codec: str, quality: str, protocol: str) -> str:
     """Of a point's folder, by the columns of its row."""
@@ -115,13 +143,18 @@ def resolve(task: str, overrides: list[str]) -> SweepConfig:
 
 
 def points_of(config: SweepConfig) -> list[Point]:
-    """The points of a sweep (TaskError: a base run is missing, incomplete or not on clean pixels)."""
-    names = [Path(run).name for run in config.runs]
+    """The points of a sweep, each once.
+
+    Raises:
+        TaskError: a base run is missing, incomplete or not on clean pixels; two would be averaged that are not seeds.
+    """
+    names = [run_name(run) for run in config.runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise TaskError(f"runs has two folders called {twice[0]}; points are filed under these names, rename one")
+    bases = {run: _base(config.task, Path(run)) for run in config.runs}
+    _check_seeds(bases)
     points: list[Point] = []
-    for run in config.runs:
-        base = _base(config.task, Path(run))
+    for run, base in bases.items():
         points += [
             point for point in (*_anchor_points(config, run), *_own_points(config, run, base))
             if point.protocol in config.protocols
@@ -131,7 +164,19 @@ def points_of(config: SweepConfig) -> list[Point]:
             f"protocols={','.join(config.protocols)} leaves no point; gated latents have no head in common with "
             "others, use protocols=adapted or name anchors"
         )
-    return points
+    return list({(point.run, point.name): point for point in points}.values())
+
+
+def _check_seeds(bases: dict[str, Any]) -> None:
+    """Refuse (TaskError) runs that differ in their codec and not in their seed: tables average runs as seeds."""
+    first: dict[int, str] = {}
+    for run, base in bases.items():
+        other = first.setdefault(base.seed, run)
+        if base.codec != bases[other].codec:
+            raise TaskError(
+                f"runs={other} and {run} have one seed and two codecs, which would be averaged as if they were seeds; "
+                "fine-tune with seeds of their own (seed=1), or sweep each by itself, with a label= of its own"
+            )
 
 
 def _base(task: str, run: Path) -> Any:
@@ -151,11 +196,21 @@ def _anchor_points(config: SweepConfig, run: str) -> Iterator[Point]:
     for text in config.specs():
         spec = check_anchor(text)
         options = ["input=pixels", f"anchor={spec}"]
-        if config.anchor_weights != "zoo":
-            options.append(f"anchor_weights={Path(config.anchor_weights) / f'{spec.name}-{spec.quality}.safetensors'}")
+        if config.anchor_weights != "zoo" and spec.name in MODELS:
+            options.append(f"anchor_weights={_weights_file(config, spec)}")
         quality = str(spec).partition(":")[2]
         for protocol in PROTOCOLS:
             yield Point(run, spec.name, quality, protocol, tuple(options))
+
+
+def _weights_file(config: SweepConfig, spec: AnchorSpec) -> Path:
+    path = Path(config.anchor_weights) / f"{spec.name}-{spec.quality}.safetensors"
+    if not path.is_file():
+        raise TaskError(
+            f"anchor_weights={config.anchor_weights} has no {path.name}; train it with `dicm anchors train {spec.name} "
+            f"quality={spec.quality} run={path.with_suffix('')} data=...`"
+        )
+    return path
 
 
 def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
@@ -167,10 +222,12 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     loaded = None if codec is None else FeatureCodec.from_pretrained(codec)
     if loaded is not None and config.codec is not None and base.codec is not None:
         _check_head(run, config.codec, loaded, FeatureCodec.from_pretrained(base.codec))
-    if loaded is not None and loaded.config.rate_points > 1:
+    if loaded is not None and loaded.config.rate_points > 1 and getattr(base, "latents", "codec") == "codec":
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:
-        raise TaskError(f"rates={config.rates}: the codec {codec} has one rate; leave them out")
+        latents = getattr(base, "latents", "codec")
+        what = f"codec {codec}" if latents == "codec" else f"model {latents}"
+        raise TaskError(f"rates={config.rates}: the {what} has one rate; leave them out")
     gates = config.gates or (["dynamic"] if config.task == "semantic_segmentation" else [])
     if any(text.startswith("static") for text in gates) and "dynamic" not in gates:
         gates = ["dynamic", *gates]  # whose choices a static gate takes over

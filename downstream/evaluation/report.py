@@ -199,6 +199,9 @@ def report_of_runs(runs: list[Path], pretraining: Path | None) -> Document:
     tasks = list(dict.fromkeys(row["task"] for row in results))
     if len(tasks) > 1:
         raise TaskError(f"runs of {' and '.join(tasks)} have different metrics; write a report for each task")
+    sets = list(dict.fromkeys(row["data"] for row in results))
+    if len(sets) > 1:
+        raise TaskError(f"runs on {' and '.join(sets)} cannot share a curve; write a report for each data set")
     named = dict.fromkeys(row["codec"] for row in results if row["input"] == "streams" and row["codec"])
     codecs = [Path(codec) for codec in named if Path(codec).is_dir()]
     split = results[0].get("val_split", "val")

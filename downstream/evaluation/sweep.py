@@ -11,7 +11,8 @@ Every point starts from a base run, the task fine-tuned on clean pixels. Two pro
     adapted    it is fine-tuned on what that codec leaves, for the same epochs with each codec
 
 Networks that read gated latents have no common head; they are trained with the base run's as their teacher, and count
-as adapted. A sweep that was stopped goes on where it was, one that is given more points adds them.
+as adapted. A sweep that was stopped goes on where it was, one that is given more points adds them; what a point was
+measured with, codec, data and options, must be as it was.
 """
 
 from __future__ import annotations
@@ -44,16 +45,17 @@ from cluster.runtime import on_sigterm
 from downstream import finetune
 from downstream.channels import select_channels
 from downstream.errors import StoppedError, TaskError
-from downstream.evaluation.points import Point, SweepConfig, points_of
-from downstream.results import read_results
+from downstream.evaluation.points import Point, SweepConfig, points_of, run_name
+from downstream.results import RESULTS, read_results
 from downstream.runs import load_run
+from downstream.tasks import task_class
 
 POINTS, COSTS, OPTIONS = "points", "costs.json", "sweep.yaml"
 TABLE = ("results.csv", "results.json")
 COST_IMAGES, COST_REPEATS = 8, 3
 COLUMNS = (
     "task", "data", "run", "seed", "codec", "quality", "protocol", "metric", "value", "bpp", "bpp_payload", "images",
-    "encode_ms", "decode_ms", "encode_macs", "decode_macs", "train_seconds",
+    "encode_ms", "decode_ms", "encode_macs", "decode_macs", "parallel", "train_seconds",
 )  # fmt: skip
 
 
@@ -79,30 +81,42 @@ def sweep(config: SweepConfig, tell: Callable[[Progress], None] = lambda _: None
     """
     out = Path(config.out)
     points = points_of(config)
-    _check_folder(config, out)
+    _check_options(config, points, out)
+    _check_done(config, points, out)
     save_config(config, out / OPTIONS)
     failures: list[str] = []
     _told.clear()
-    with on_sigterm(_stop):
-        for wave in (
-            [point for point in points if point.waits_for is None],
-            [point for point in points if point.waits_for is not None],
-        ):
-            failures += _measure(config, wave, out, points, tell)
-    rows = collect(out)
-    write_table(out, rows)
+    try:
+        with on_sigterm(_stop):
+            for wave in (
+                [point for point in points if point.waits_for is None],
+                [point for point in points if point.waits_for is not None],
+            ):
+                failures += _measure(config, wave, out, points, tell)
+    finally:  # of one that is stopped, too
+        rows = collect(out)
+        write_table(out, rows)
     if failures:
         raise TaskError(f"{len(failures)} of {len(points)} points failed, the others are in {out}; {failures[0]}")
     return rows
 
 
-def _check_folder(config: SweepConfig, out: Path) -> None:
-    """Refuse to mix sweeps of different tasks, epochs or options in one folder (TaskError)."""
+def _check_options(config: SweepConfig, points: list[Point], out: Path) -> None:
+    """See that every point's options are possible before one is measured (RecipeError, TaskError, CodecError)."""
+    for point in points:
+        options = point_config(config, point, folder_of(out, point), chosen=False)
+        if any(option.startswith("gate=") for option in point.options):
+            task = task_class(config.task)
+            task.check_codec(options, task.load_codec(options))
+
+
+def _check_done(config: SweepConfig, points: list[Point], out: Path) -> None:
+    """Refuse to mix sweeps of different tasks, epochs, options, codecs or data in one folder (TaskError)."""
     path = out / OPTIONS
-    if not path.is_file():
+    if not path.is_file() or not any((out / POINTS).glob(f"*/*/{COSTS}")):
         return
-    before = load_saved(SweepConfig, path)
     keys = {"task", "epochs", "options", "anchor_options", "anchor_weights"}
+    before = load_saved(SweepConfig, path)
     differences = [item for item in config_diff(before, config) if item.key.partition(".")[0] in keys]
     if differences:
         item = differences[0]
@@ -110,13 +124,22 @@ def _check_folder(config: SweepConfig, out: Path) -> None:
             f"out={out} holds a sweep with other options ({item.key}: {item.before} there, {item.after} here); use "
             "another folder"
         )
+    for point in points:
+        if not is_done(out, point):
+            continue
+        try:  # what is complete is compared with what it was begun with, and not run again
+            finetune.run(point_config(config, point, folder_of(out, point)))
+        except TaskError as error:
+            raise TaskError(
+                f"out={out}: {point.name} was measured with something else: {error}; or name another out= or label="
+            ) from error
 
 
 def _measure(
     config: SweepConfig, points: list[Point], out: Path, all_points: list[Point], tell: Callable[[Progress], None]
 ) -> list[str]:
     """Measure points that are not done; what went wrong with those that failed."""
-    waiting = [point for point in points if not (folder_of(out, point) / COSTS).is_file()]
+    waiting = [point for point in points if not is_done(out, point)]
     failures: list[str] = []
 
     def collect_one(point: Point, measured: Callable[[], dict[str, Any]]) -> None:
@@ -128,7 +151,7 @@ def _measure(
                 raise
             failures.append(f"{point.name}: {error}")
         else:
-            done = sum((folder_of(out, each) / COSTS).is_file() for each in all_points)
+            done = sum(is_done(out, each) for each in all_points)
             tell(Progress(done, len(all_points), point, row))
 
     if config.parallel == 1:
@@ -170,7 +193,12 @@ def _start_worker(threads: int) -> None:
 
 def folder_of(out: Path, point: Point) -> Path:
     """The fine-tune of a point."""
-    return out / POINTS / Path(point.run).name / point.name
+    return out / POINTS / point.run_name / point.name
+
+
+def is_done(out: Path, point: Point) -> bool:
+    """Whether a point has its row."""
+    return all((folder_of(out, point) / name).is_file() for name in (COSTS, RESULTS))
 
 
 def measure_point(config: SweepConfig, point: Point, out: Path) -> dict[str, Any]:
@@ -181,21 +209,33 @@ def measure_point(config: SweepConfig, point: Point, out: Path) -> dict[str, Any
     options = point_config(config, point, folder)
     results = finetune.run(options)
     costs = costs_of(folder)
-    facts = {"point": {**asdict(point), "options": list(point.options)}, "seed": options.seed, **costs}
-    write_whole(folder / COSTS, json.dumps(facts, indent=2) + "\n")
+    facts = {"point": {**asdict(point), "options": list(point.options)}, "seed": options.seed,
+             "parallel": config.parallel, **costs}  # fmt: skip
+    _write(folder / COSTS, json.dumps(facts, indent=2) + "\n")
     return row_of(facts, results)
 
 
-def point_config(config: SweepConfig, point: Point, folder: Path) -> Any:
-    """The options of a point's fine-tune: those of its base run, but for what the point names."""
+def point_config(config: SweepConfig, point: Point, folder: Path, chosen: bool = True) -> Any:
+    """The options of a point's fine-tune: those of its base run, but for what the point names.
+
+    Args:
+        chosen: choose the channels that it takes over from another point's gate, where that was not done; else it gets
+            a gate that chooses as many by itself.
+    """
     base, adapted = load_run(Path(point.run)), point.protocol == "adapted"
     options = list(point.options)
     if point.waits_for is not None:
         count = next(option for option in options if option.startswith("num_channels=")).partition("=")[2]
-        chosen, _ = select_channels(folder.parent / point.waits_for, int(count), folder.parent / f"{point.name}.json")
-        options = [option for option in options if not option.startswith("num_channels=")] + [f"channels={chosen}"]
+        path = folder.parent / f"{point.name}.json"
+        if not chosen:
+            options.append("gate=variance")
+        else:
+            if not path.is_file() or not (folder / RESULTS).is_file():
+                select_channels(folder.parent / point.waits_for, int(count), path)
+            options = [option for option in options if not option.startswith("num_channels=")] + [f"channels={path}"]
     own: dict[str, Any] = {
         "run": str(folder), "launcher": "local", "workers": 1, "epochs": config.epochs if adapted else 0,
+        "checkpoints": None, "cache_folder": None,
         "init": None if any(option.startswith("gate=") for option in options) else point.run,
     }  # fmt: skip
     further = [*config.options, *(config.anchor_options if "input=pixels" in options else [])]
@@ -208,9 +248,7 @@ def costs_of(folder: Path) -> dict[str, float | None]:
     `encode_ms` from pixels to bytes, `decode_ms` from bytes to the task's answer; multiply-adds a pixel of both,
     of convolutions and matrix products.
     """
-    tuner = finetune.open_run(folder)
-    tuner.logger.close()
-    task = tuner.task
+    task = finetune.open_run(folder).task
     task.model.eval()
     times: dict[str, list[float]] = {"encode": [], "decode": []}
     macs: dict[str, float] = {"encode": 0.0, "decode": 0.0}
@@ -254,7 +292,7 @@ def row_of(facts: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     metric = next(iter(results["metrics"]))
     point = facts["point"]
     row = {
-        "task": results["task"], "data": Path(results["data"]).name, "run": Path(point["run"]).name,
+        "task": results["task"], "data": Path(results["data"]).name, "run": run_name(point["run"]),
         "codec": point["codec"], "quality": point["quality"], "protocol": point["protocol"], "metric": metric,
         "value": results[metric], "train_seconds": results["seconds"],
     }  # fmt: skip
@@ -269,5 +307,14 @@ def write_table(out: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(out / TABLE[0], buffer.getvalue())
-    write_whole(out / TABLE[1], json.dumps(rows, indent=2) + "\n")
+    _write(out / TABLE[0], buffer.getvalue())
+    _write(out / TABLE[1], json.dumps(rows, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise TaskError(
+            f"{path}: cannot be written ({error.strerror}); free space, the same command goes on"
+        ) from error

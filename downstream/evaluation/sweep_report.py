@@ -22,6 +22,7 @@ from torch import Tensor
 
 from downstream import finetune
 from downstream.errors import TaskError
+from downstream.evaluation.anchors import is_anchor
 from downstream.evaluation.document import Block, Picture, Plot, Section, Table, Text, Tiles
 from downstream.evaluation.pictures import INK, axes_of, png
 from downstream.evaluation.points import point_name
@@ -57,6 +58,22 @@ def read_sweep(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def read_sweeps(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of several sweeps, those that two of them share once (TaskError: one codec's rows contradict)."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for folder in folders:
+        for row in read_sweep(folder):
+            key = tuple(row[name] for name in ("task", "data", "run", "seed", "codec", "quality", "protocol"))
+            first = found.setdefault(key, row)
+            if any(first[name] != row[name] for name in ("value", "bpp", "bpp_payload")):
+                name = " ".join(part for part in (row["codec"], row["quality"], row["protocol"]) if part)
+                raise TaskError(
+                    f"{first['folder']} and {row['folder']} both are {name} of run {row['run']} and differ; they would "
+                    "be averaged as seeds: sweep one with another label=, or leave it out"
+                )
+    return list(found.values())
+
+
 def sweep_sections(folders: Sequence[Path], against: str, ablations: Sequence[str] = ()) -> list[Section]:
     """Everything that is told of sweeps.
 
@@ -66,13 +83,17 @@ def sweep_sections(folders: Sequence[Path], against: str, ablations: Sequence[st
             codec that is neither an anchor nor one of them.
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for folder in folders:
-        for row in read_sweep(folder):
-            groups[row["task"], row["data"]].append(row)
+    for row in read_sweeps(folders):
+        groups[row["task"], row["data"]].append(row)
+    codecs = list(dict.fromkeys(row["codec"] for rows in groups.values() for row in rows))
+    for name in ablations:
+        if name not in codecs:
+            raise TaskError(f"--ablation {name}: no codec of these sweeps is called so; they have {', '.join(codecs)}")
     sections = [*bd_sections(groups, against, ablations)]
     for (task, data), rows in groups.items():
-        sections.append(curve_section(task, data, [row for row in rows if row["codec"] not in ablations]))
-        sections.append(picture_section(data, [row for row in rows if row["codec"] not in ablations]))
+        if whole := [row for row in rows if row["codec"] not in ablations]:
+            sections.append(curve_section(task, data, whole))
+            sections.append(picture_section(task, data, whole))
     sections.append(choice_section(folders))
     return sections
 
@@ -92,6 +113,8 @@ def bd_sections(
                     found[curve.codec][title] = gain
         if found:
             blocks += _delta_tables(found, list(columns), f"{NAMES.get(protocol, protocol)}, against {against}")
+    if not any(curve.codec == against for curves in columns.values() for curve in curves):
+        blocks.append(Text(f"Nothing to compare with: no sweep has {against}.", soft=True))
     sections = [Section(f"What each codec saves against {against}", blocks)]
     if ablations:
         sections.append(ablation_section(columns, ablations))
@@ -118,7 +141,7 @@ def ablation_section(columns: dict[str, list[Curve]], ablations: Sequence[str]) 
     for name in ablations:
         cells = []
         for title, curves in columns.items():
-            whole = next((curve.codec for curve in curves if curve.codec.startswith("dicm")), None)
+            whole = next((c.codec for c in curves if not is_anchor(c.codec) and c.codec not in ablations), None)
             pairs = deltas([curve for curve in curves if curve.codec in (whole, name)], whole or "")
             gains = [gain for curve, gain in pairs if curve.codec == name and curve.protocol == "adapted"]
             cells.append(gains[0].rate_text if gains else "-")
@@ -201,16 +224,15 @@ def _mean(rows: list[dict[str, Any]], key: str, digits: int) -> str:
     return f"{sum(values) / len(values):.{digits}f}" if values else "-"
 
 
-def picture_section(data: str, rows: list[dict[str, Any]]) -> Section:
+def picture_section(task: str, data: str, rows: list[dict[str, Any]]) -> Section:
     """A few images under each codec at about the same rate, with what the adapted task sees in them."""
     chosen = at_equal_rate([row for row in rows if row["protocol"] == "adapted"])
     columns = min(len(chosen) + 1, MOST_COLUMNS)
     tiles: list[tuple[bytes, str]] = []
-    for number in range(NUM_PICTURES if chosen else 0):
-        for place, row in enumerate(chosen[: MOST_COLUMNS - 1]):
-            image, drawn, num_bytes = predicted(Path(row["folder"]), number)
-            if place == 0:
-                tiles.append((png(image), "image"))
+    shown = chosen[: MOST_COLUMNS - 1]
+    for pictures in zip(*(predicted(Path(row["folder"]), NUM_PICTURES) for row in shown), strict=True):
+        tiles.append((png(pictures[0][0]), "image"))
+        for row, (_, drawn, num_bytes) in zip(shown, pictures, strict=True):
             tiles.append((png(drawn), f"{row['codec']} {row['quality']}, {num_bytes} bytes"))
     if not tiles:
         return Section(f"Pictures: {data}", [])
@@ -218,7 +240,7 @@ def picture_section(data: str, rows: list[dict[str, Any]]) -> Section:
         "The same images at about the same rate under each codec, with the prediction of the task adapted to it drawn "
         "on what the task reads: decoded pixels, or the features of the stream in false colours."
     )
-    return Section(f"Pictures: {data}", [Tiles(tiles, columns, caption, f"pictures_{data}")])
+    return Section(f"Pictures: {data}", [Tiles(tiles, columns, caption, f"pictures_{task}_{data}")])
 
 
 def at_equal_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -234,27 +256,32 @@ def at_equal_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def predicted(run: Path, number: int) -> tuple[Tensor, Tensor, int]:
-    """The `number`-th validation image, the run's prediction drawn on what it reads, and the stream's bytes."""
-    tuner = finetune.open_run(run)
-    tuner.logger.close()
-    task = tuner.task
+def predicted(run: Path, count: int) -> list[tuple[Tensor, Tensor, int]]:
+    """The first `count` validation images, a run's predictions drawn on what it reads, and the streams' bytes."""
+    task = finetune.open_run(run).task
     task.model.eval()
-    image = task.examples(number + 1)[number].cpu()
-    stream = task.stream_of(image)
-    received, height, width = task.receive_stream(stream)
-    ground = task.picture(received, height, width)
-    if task.config.input == "pixels":
-        ground = image if task.config.anchor is None else task.source.decode_pixels(stream)
-    return image, task.draw(ground.cpu(), task.predict(received, height, width), PICTURE_SCORE), len(stream)
+    found = []
+    for example in task.examples(count):
+        image = example.cpu()
+        stream = task.stream_of(image)
+        received, height, width = task.receive_stream(stream)
+        ground = task.picture(received, height, width)
+        if task.config.input == "pixels":
+            ground = image if task.config.anchor is None else task.source.decode_pixels(stream)
+        drawn = task.draw(ground.cpu(), task.predict(received, height, width), PICTURE_SCORE)
+        found.append((image, drawn, len(stream)))
+    return found
 
 
 def choice_section(folders: Sequence[Path]) -> Section:
     """The charts of channels that static gates took over."""
-    charts = [path for folder in folders for path in sorted((folder / POINTS).glob("*/*static*.png"))]
+    charts = dict.fromkeys(path for folder in folders for path in sorted((folder / POINTS).glob("*/*static*.png")))
     return Section(
         "Which channels gates choose",
-        [Picture(path.read_bytes(), f"{path.parent.name}: {path.stem}.", path.stem) for path in charts],
+        [
+            Picture(path.read_bytes(), f"{path.parent.name}: {path.stem}.", f"channels_{number}_{path.stem}")
+            for number, path in enumerate(charts)
+        ],
     )
 
 

@@ -32,7 +32,6 @@ from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.frozen import RateMeter
 from downstream.tasks.task import Found, Task, shard_cache_of
-from pretrain.codec import bitstream
 from pretrain.codec.entropy import solve_quantiles
 from pretrain.codec.feature_codec import FeatureCodec
 
@@ -158,7 +157,7 @@ class Anchor(Task[AnchorConfig, CanvasBatch]):
         for image in self.examples(EVALUATION_IMAGES)[self.runtime.rank :: self.runtime.world]:
             stream = latents.encode(image.to(self.device))
             decoded = latents.decode_image(stream)[0].cpu()
-            rates.add_one(len(stream), sum(bitstream.describe(stream).layers.values()), size, size, 0)
+            rates.add_one(len(stream), latents.payload_bytes(stream), size, size, 0)
             errors += torch.tensor([float(F.mse_loss(decoded, image.float() / 255)), 1.0], dtype=torch.float64)
         measured = rates.rates(self.runtime)
         total, count = self.runtime.gather(errors[None].to(self.device)).sum(0).tolist()

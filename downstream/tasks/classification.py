@@ -66,8 +66,8 @@ class ClassificationConfig(FinetuneConfig):
                 raise TaskError(f"{key}={value} is impossible; it must lie in 32..{MOST_PIXELS}")
 
     def stages(self, num_samples: int) -> dict[str, int]:
-        """A probe has a fixed number of steps."""
-        return {"probe": PROBE_STEPS} if self.probe else super().stages(num_samples)
+        """A probe has a fixed number of steps, none with epochs=0."""
+        return {"probe": PROBE_STEPS if self.epochs else 0} if self.probe else super().stages(num_samples)
 
 
 class Classifier(nn.Module):

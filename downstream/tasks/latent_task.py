@@ -66,7 +66,12 @@ class LatentTask(Task[C, B]):
             features, sizes, payloads = self.source.through_streams(image[None].to(self.device))
             return features, int(sizes[0]), int(payloads[0])
         stream = self.stream_of(image)
-        return self.source.receive(stream), len(stream), sum(bitstream.describe(stream).layers.values())
+        payload = self.source.payload_bytes(stream)
+        if self.config.gate == "dynamic":  # its list differs from image to image: no header that is agreed upon
+            channels = bitstream.describe(stream).channels
+            assert channels is not None
+            payload += len(channels.pack())
+        return self.source.receive(stream), len(stream), payload
 
     def stream_of(self, image: Tensor) -> bytes:
         if self.front is None:

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("codecs", nargs="+", type=Path)
     parser.add_argument("--anchors", nargs="*", default=[])
     parser.add_argument("--split", default="val")
-    parser.add_argument("--limit", type=int, default=100, help="images, evenly spread; %(default)s")
+    parser.add_argument("--limit", type=int, default=100, help="most images, evenly spread; %(default)s")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
 

@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("codecs", nargs="+", type=Path)
-    parser.add_argument("--limit", type=int, default=1500, help="training images; %(default)s")
+    parser.add_argument("--limit", type=int, default=1500, help="most training images, evenly spread; %(default)s")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def load(config: Any, split: str, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Normalised middles of a split's images, and labels; about `limit` of them, evenly spread."""
+    """Normalised middles of a split's images, and labels; at most `limit` of them, evenly spread."""
     data = CanvasDataset(config.data, split, config.canvas_size)
     step = 1 if limit is None else math.ceil(len(data) / limit)
     batch = collate([data[index] for index in range(0, len(data), step)])

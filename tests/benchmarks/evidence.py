@@ -8,8 +8,8 @@ those that are there are used, and scenes are drawn besides. For each: build sha
 export it, fine-tune the task on clean pixels, sweep codecs and rates from there (`dicm evaluate`), with the first seed;
 then ablations of the codec; then further seeds. The first data set's codec is pretrained from nothing; those of the
 others begin with it (where channels are gated, with its backbone), and only their codec stage runs on their own images.
-Every step is a command that can be typed, is passed over when its result is there, and goes on where it was stopped: at
-the end of the budget the one that runs gets SIGTERM and saves.
+Every step is a command that can be typed, is passed over when its result is there (refused where another command made
+it), and goes on where it was stopped: at the end of the budget the one that runs gets SIGTERM and saves.
 The report tells what there is, `report.html` and `markdown/`.
 
 Prints the claims with what was found. Figures in --json: `claims` (name -> wanted, found), `deltas` (study -> codec ->
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,13 +35,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cluster.files import write_whole
 from downstream.errors import TaskError
+from downstream.evaluation.points import points_of, resolve
 from downstream.evaluation.rate_accuracy import Curve, curves_of, deltas, rate_at
 from downstream.evaluation.report import report_of_sweeps
-from downstream.evaluation.sweep_report import read_sweep, savings_at
+from downstream.evaluation.sweep import is_done
+from downstream.evaluation.sweep_report import read_sweeps, savings_at
 
 DONE = "done"  # in the folder of a sweep that has all its points
 GRACE_SECONDS = 180  # for a step that was told to stop
+TRANSFORM_EPOCHS = 10  # of gate and transform by themselves, before a student of a sweep has its epochs
 RATES = "rates=0,0.25,0.5,0.75,1"
 # Both sizes where curves cross: below about 0.2 bpp a picture of half the sides is the better one.
 HEVC = "hevc:51,hevc:47,hevc:42,hevc:51@0.5,hevc:47@0.5,hevc:42@0.5"
@@ -69,11 +74,15 @@ class Study:
     Attributes:
         folder: below the data root; None draws scenes.
         layout: of `dicm data build`.
-        build, pretrain, task, adapt: options of the commands; `recipe` of the fine-tune.
+        recipe: of the fine-tune.
+        pretrain, options, anchor_options: further options of pretraining, of the fine-tune on clean pixels (sweeps
+            have them from there), and of a sweep's points on pixels.
+        epochs: of the stages of pretraining, at scale 1.
         task_epochs, adapt_epochs: at scale 1.
         anchors, others: of the sweep, and of one that comes behind what tells more.
         gates: of the sweep, for a task that reads latents.
         ablate: whether ablations are measured here.
+        codec_of: another study, whose codec this one reads.
     """
 
     name: str
@@ -81,7 +90,6 @@ class Study:
     layout: str
     task: str
     recipe: str
-    build: list[str] = field(default_factory=list)
     pretrain: list[str] = field(default_factory=list)
     epochs: dict[str, float] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
@@ -92,7 +100,7 @@ class Study:
     others: str = ""
     gates: str = ""
     ablate: bool = False
-    codec_of: str | None = None  # another study, whose codec this one reads
+    codec_of: str | None = None
 
 
 # Boxes and masks are found at f3, classes told at layer4.
@@ -131,6 +139,16 @@ class Step:
     command: list[str]
     result: Path
 
+    @property
+    def typed(self) -> str:
+        """The command as a shell reads it."""
+        return shlex.join(["dicm", *self.command])
+
+    @property
+    def work(self) -> str:
+        """What of the command its result depends on."""
+        return shlex.join(part for part in self.command if not part.startswith("parallel="))
+
 
 def main() -> None:
     # Small networks on CPUs: a process a core does nearly twice the work of one process on two cores.
@@ -153,16 +171,17 @@ def main() -> None:
         if (not arguments.only or study.name in arguments.only)
         and (study.folder is None or (arguments.data / study.folder).is_dir())
     ]  # fmt: skip
-    clock = Clock(arguments.out / "seconds.json")
+    record = Record(arguments.out / "steps.json")
     steps = list(plan(studies, arguments))
     for step in steps:
-        if not step.result.exists() and not run(step, deadline, clock):
+        record.check(step)
+    for step in steps:
+        if not step.result.exists() and not run(step, deadline, record):
             print(f"the budget ends in step {step.name}; the same command goes on there")
             break
-    commands = ["dicm " + " ".join(step.command) for step in steps if step.result.exists()]
-    figures = tell(studies, arguments, commands)
+    figures = tell(studies, arguments, [step.typed for step in steps if step.result.exists()])
     if arguments.json:
-        arguments.json.write_text(json.dumps({**figures, "seconds": clock.seconds}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({**figures, "seconds": record.seconds}, indent=2) + "\n")
 
 
 def plan(studies: list[Study], arguments: argparse.Namespace) -> Iterator[Step]:
@@ -208,7 +227,7 @@ def data_step(study: Study, arguments: argparse.Namespace) -> Step:
         size = study.pretrain[0].partition("=")[2]
         command = ["data", "scenes", str(out), "--train", "3000", "--val", "300", "--size", size]
     else:
-        command = ["data", "build", study.layout, str(arguments.data / study.folder), str(out), *study.build]
+        command = ["data", "build", study.layout, str(arguments.data / study.folder), str(out)]
     return Step(f"{study.name}: data", command, out / "dataset.json")
 
 
@@ -229,7 +248,7 @@ def codec_steps(
         return
     length = [f"epochs={max(1, round(study.task_epochs * arguments.scale))}"]
     if study.task == "semantic_segmentation":
-        length.append("gate=none")
+        length += ["gate=none", f"transform_epochs={max(1, round(TRANSFORM_EPOCHS * arguments.scale))}"]
     yield Step(
         f"{name}, clean pixels",
         ["finetune", study.recipe, f"codec={codec}", f"data={data}", f"run={base}", "input=pixels", "launcher=local",
@@ -271,43 +290,72 @@ def base_of(study: Study, arguments: argparse.Namespace, variant: str, seed: int
     return place_of(study, arguments, variant, seed) / f"clean_{study.task}_{variant.replace(' ', '_')}_{seed}"
 
 
-def run(step: Step, deadline: float, clock: Clock) -> bool:
-    """Do a step; False where the budget ended before it was done (SystemExit: it failed)."""
-    print(f"== {step.name}\ndicm {' '.join(step.command)}", flush=True)
+def run(step: Step, deadline: float, record: Record) -> bool:
+    """Do a step; False where the budget ended before it was done, or it was stopped (SystemExit: it failed)."""
+    print(f"== {step.name}\n{step.typed}", flush=True)
     if time.monotonic() >= deadline:
         return False
-    start, stopped = time.monotonic(), False
+    record.begin(step)
+    start = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, "-m", "dicm", *step.command], env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     )
     try:
         child.wait(max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        stopped = True
         child.send_signal(signal.SIGTERM)
-        child.wait(GRACE_SECONDS)
-    finally:
-        clock.add(step.name, time.monotonic() - start)
-    if stopped:
+        try:
+            child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
         return False
+    finally:
+        record.end(step, time.monotonic() - start)
     if child.returncode:
         raise SystemExit(f"step {step.name} failed with exit code {child.returncode}")
-    if step.result.name.startswith(DONE):
+    if step.result.name.startswith(DONE) and all_done(step):
         step.result.touch()
     return step.result.exists()
 
 
-class Clock:
-    """Seconds that each step took, over all invocations."""
+def all_done(sweep: Step) -> bool:
+    """Whether a sweep has all its points: `dicm evaluate` that is told to stop ends without an error."""
+    _, task, *overrides = sweep.command
+    config = resolve(task, overrides)
+    return all(is_done(Path(config.out), point) for point in points_of(config))
+
+
+class Record:
+    """The command of each step that was begun, and its seconds over all invocations."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.steps: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
 
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 1)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.seconds, indent=2) + "\n")
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {name: facts["seconds"] for name, facts in self.steps.items()}
+
+    def check(self, step: Step) -> None:
+        """Refuse (SystemExit) a result that another command made: of another --scale, or other data."""
+        before = self.steps.get(step.name)
+        if before is not None and before["work"] != step.work:
+            raise SystemExit(
+                f"{self.path.parent}: step {step.name} was begun with\n  {before['work']}\nand is\n  {step.work}\nnow; "
+                "use another --out"
+            )
+
+    def begin(self, step: Step) -> None:
+        self.steps.setdefault(step.name, {"work": step.work, "seconds": 0.0})
+        self._write()
+
+    def end(self, step: Step, seconds: float) -> None:
+        self.steps[step.name]["seconds"] = round(self.steps[step.name]["seconds"] + seconds, 1)
+        self._write()
+
+    def _write(self) -> None:
+        write_whole(self.path, json.dumps(self.steps, indent=2) + "\n")
 
 
 def tell(studies: list[Study], arguments: argparse.Namespace, commands: list[str]) -> dict[str, Any]:
@@ -318,8 +366,7 @@ def tell(studies: list[Study], arguments: argparse.Namespace, commands: list[str
         sweeps = sorted((arguments.out / study.name).glob("*/sweep_*"))
         sweeps = [folder for folder in sweeps if (folder / "results.json").is_file()]
         folders += sweeps
-        rows = [row for folder in sweeps for row in read_sweep(folder)]
-        if rows:
+        if rows := read_sweeps(sweeps):
             found[study.name] = curves_of(rows)
     if not folders:
         return {"claims": {}, "deltas": {}}

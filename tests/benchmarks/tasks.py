@@ -133,7 +133,6 @@ def by_heart(task: str, codec: Path, seed: int) -> dict[str, Any]:
 def best_possible(run: Path) -> float | None:
     """mIoU of the true masks reduced to an eighth and enlarged again: what the logits' resolution allows."""
     tuner = finetune.open_run(run)
-    tuner.logger.close()
     task = tuner.task
     assert isinstance(task, SemanticSegmentation)
     count = len(task.config.classes)
@@ -161,7 +160,6 @@ def beside_nothing(run: Path) -> dict[str, dict[str, Any]]:
         tuner.enter(tuner.stages[-1])
         tuner.task.begin()
         untrained = chosen(tuner.task.evaluate(), titles, start)
-        tuner.logger.close()
     start = time.perf_counter()
     trained = {**chosen(results, titles, start), "seconds": results["seconds"], "losses": losses(run)}
     rows = {"trained": trained, "untrained": untrained}
@@ -293,7 +291,6 @@ def one_step(task: str, small: bool) -> dict[str, float]:
             tuner.optimizer.step()
             tuner.optimizer.zero_grad(set_to_none=True)
             seconds.append(now(tuner.device) - start)
-        tuner.logger.close()
         memory = torch.cuda.max_memory_allocated() / 2**30 if tuner.device.type == "cuda" else 0.0
     measured = seconds[WARM:] or seconds
     return {"batch_size": tuner.config.batch_size, "size": size, "seconds": statistics.median(measured), "gib": memory}

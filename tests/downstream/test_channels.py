@@ -91,7 +91,6 @@ def test_select_channels__writes_counts_and_a_chart_that_gate_static_reads(train
     static = options(trained, "static", teacher, "gate=static", f"channels={path}", "transform=res")
     assert run(resolve("semantic_segmentation_small", static))["channels"] == 6
     tuner = open_run(trained / "static")
-    tuner.logger.close()
     assert tuner.model.input.gate.choice == facts["channels"]
     assert_refused(dicm("select-channels", trained / "static", "--num", "6"), "gate=static", "gate=dynamic")
     # The run holds the channels, not the file's name alone: another file is another run.

@@ -168,6 +168,7 @@ def test_whole_latents__are_coded_by_the_model_itself(name: str):
     theirs = latents.model.compress(pad_to(image[None].float() / 255, 64))
     their_image = latents.model.decompress(theirs["strings"], theirs["shape"])["x_hat"]
     assert torch.equal(latents.decode_image(stream), their_image[..., :64, :70])
+    assert latents.payload_bytes(stream) == sum(len(strings[0]) for strings in theirs["strings"])
     assert latents.latents(image[None]).shape == received.latents.shape
     with pytest.raises(CodecError, match="gate=none"):
         latents.encode(image, channels=[1])

@@ -43,6 +43,11 @@ def test_grouped__a_curve_runs_along_its_rates():
     assert [row["bpp"] for row in groups["codec"]] == [0.1, 0.4]
 
 
+def test_grouped__codecs_have_curves_of_their_own():
+    groups = grouped([{**row, "codec": f"codecs/{number}"} for number, row in enumerate(RESULTS)])
+    assert set(groups) == {"0", "2", "jpeg", "clean pixels"}
+
+
 def test_pca_picture__shows_any_feature_map():
     for features in (torch.zeros(8, 4, 4), torch.randn(2, 4, 6), torch.randn(64, 16, 16)):
         picture = pca_picture(features, 32)

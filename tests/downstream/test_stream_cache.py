@@ -47,7 +47,6 @@ def config_of(recipe: str, codec: Path, data: Path, run: Path, *more: str):
 
 def task_of(config: Any):
     tuner = finetune.create_tuner(config)
-    tuner.logger.close()
     tuner.enter(tuner.stages[-1])
     return tuner.task
 

@@ -3,17 +3,21 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cluster.errors import RecipeError
 from downstream import finetune
+from downstream.cli import app
 from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import points_of, resolve
-from downstream.evaluation.sweep import COLUMNS, sweep
+from downstream.evaluation.sweep import COLUMNS, point_config, sweep
 from downstream.results import read_results
 from downstream.runs import load_run, trained_weights
 from pretrain.codec.feature_codec import FeatureCodec
@@ -45,14 +49,87 @@ def test_sweep__frozen_is_the_base_run_s_network_and_adapted_starts_from_it(swep
     assert load_run(points / "jpeg-5-frozen").epochs == 0
 
 
-def test_sweep__what_is_done_is_not_done_again_and_more_points_are_added(swept: Path, clean: Path):
-    before = read_results(swept / "points" / "clean" / "jpeg-5-frozen")
+def retrained(codec_folder: Path, folder: Path) -> Path:
+    """The same backbone with another transform."""
+    codec = FeatureCodec.from_pretrained(codec_folder)
+    with torch.no_grad():
+        codec.g_a[-1].weight.mul_(2)
+    codec.save_pretrained(folder, extra={"image_size": 64, "canvas_size": 64})
+    return folder
+
+
+def test_sweep__what_is_done_is_not_done_again_and_more_points_are_added(swept: Path, clean: Path, tmp_path: Path):
+    out = shutil.copytree(swept, tmp_path / "sweep")
+    before = read_results(out / "points" / "clean" / "jpeg-5-frozen")
     done: list[str] = []
-    config = resolve("classification", [f"runs={clean}", f"out={swept}", "anchors=jpeg", "qualities=5,40", "epochs=1",
+    config = resolve("classification", [f"runs={clean}", f"out={out}", "anchors=jpeg", "qualities=5,40", "epochs=1",
                                         "options=lr=0.01", "protocols=frozen"])  # fmt: skip
     rows = sweep(config, lambda progress: done.append(progress.point.name))
     assert done == ["jpeg-40-frozen"] and len(rows) == 7
-    assert read_results(swept / "points" / "clean" / "jpeg-5-frozen") == before
+    assert read_results(out / "points" / "clean" / "jpeg-5-frozen") == before
+
+
+def test_sweep__a_point_that_was_measured_with_another_codec_is_refused(
+    swept: Path, clean: Path, codec_folder: Path, tmp_path: Path
+):
+    given = [f"runs={clean}", f"out={swept}", "epochs=1", "options=lr=0.01"]
+    with pytest.raises(TaskError, match=r"dicm-(frozen|adapted) was measured with something else: .*codec: "):
+        sweep(resolve("classification", [*given, f"codec={retrained(codec_folder, tmp_path / 'other')}"]))
+
+
+def test_sweep__what_cannot_be_is_found_before_a_point_is_measured(clean: Path, tmp_path: Path):
+    given = [f"runs={clean}", f"out={tmp_path / 'sweep'}", "anchors=jpeg:5"]
+    with pytest.raises(RecipeError, match="lrr"):
+        sweep(resolve("classification", [*given, "options=lrr=0.01"]))
+    weights = ["anchors=mbt2018-mean:2", f"anchor_weights={tmp_path}"]
+    with pytest.raises(
+        TaskError, match=r"no mbt2018-mean-2\.safetensors; train it with `dicm anchors train mbt2018-mean"
+    ):
+        sweep(resolve("classification", [*given, *weights]))
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_sweep__the_others_are_measured_where_a_point_fails(clean: Path, tmp_path: Path):
+    (tmp_path / "bmshj2018-factorized-1.safetensors").write_bytes(b"none")
+    given = [f"runs={clean}", f"out={tmp_path / 'sweep'}", "streams=false", "protocols=frozen"]
+    anchors = ["anchors=bmshj2018-factorized:1,jpeg:5", f"anchor_weights={tmp_path}"]
+    with pytest.raises(TaskError, match=r"1 of 2 points failed, .*bmshj2018-factorized-1-frozen: .*not weights of"):
+        sweep(resolve("classification", [*given, *anchors]))
+    (row,) = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert (row["codec"], row["quality"], row["parallel"]) == ("jpeg", "5", 1)
+
+
+def test_point_config__keeps_its_checkpoints_in_its_own_folder(clean: Path, tmp_path: Path):
+    base = shutil.copytree(clean, tmp_path / "base")
+    options = (base / "config.yaml").read_text()
+    (base / "config.yaml").write_text(options.replace("checkpoints: null", f"checkpoints: {base / 'checkpoints'}"))
+    assert load_run(base).checkpoints == str(base / "checkpoints")
+    config = resolve("classification", [f"runs={base}", "anchors=jpeg:5"])
+    for point in points_of(config):
+        assert point_config(config, point, tmp_path / "point").checkpoints is None
+
+
+def test_sweep__a_frozen_probe_is_not_trained(
+    codec_folder: Path, colours: Path, tmp_path: Path, options: Callable[..., list[str]]
+):
+    given = options(codec_folder, colours, tmp_path / "probe", "input=pixels", "probe=true")
+    finetune.run(finetune.resolve("classification", given))
+    out = tmp_path / "sweep"
+    sweep(resolve("classification", [f"runs={tmp_path / 'probe'}", f"out={out}", "anchors=jpeg:5", "streams=false",
+                                     "protocols=frozen"]))  # fmt: skip
+    base, frozen = (trained_weights(run) for run in (tmp_path / "probe", out / "points" / "probe" / "jpeg-5-frozen"))
+    assert all(tensor.equal(base[name]) for name, tensor in frozen.items())
+
+
+def test_evaluate__tells_points_and_bd_rates(swept: Path, clean: Path, tmp_path: Path):
+    out = shutil.copytree(swept, tmp_path / "sweep")
+    command = ["evaluate", "classification", f"runs={clean}", f"out={out}", "epochs=1", "options=lr=0.01"]
+    done = CliRunner().invoke(app, [*command, "anchors=jpeg:5,jpeg:40", "against=jpeg", "protocols=frozen"])
+    assert done.exit_code == 0, done.output
+    text = " ".join(done.output.split())
+    for words in ("jpeg 40 frozen: ", "bpp payload, top1", "bpp, payload", "against jpeg", f"wrote {out}/results.csv"):
+        assert words in text
+    assert len(json.loads((out / "results.json").read_text())) == 7
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
@@ -63,6 +140,7 @@ def test_sweep__told_to_stop_when_a_point_is_done_it_begins_no_other(parallel: i
         sweep(config, lambda progress: os.kill(os.getpid(), signal.SIGTERM))
     done = len(list(tmp_path.glob("points/*/*/costs.json")))
     assert 1 <= done <= 2 * parallel  # each process ends the point that it has begun
+    assert len(json.loads((tmp_path / "results.json").read_text())) == done
     assert len(sweep(config)) == 5
 
 
@@ -76,11 +154,24 @@ def test_points_of__a_base_run_must_be_on_clean_pixels(finetuned: Path):
         points_of(resolve("classification", [f"runs={finetuned}", "anchors=jpeg:5"]))
 
 
+def test_points_of__each_point_once(clean: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(clean)
+    given = ["runs=.", "anchors=jpeg,jpeg:5", "qualities=5", "protocols=frozen"]
+    points = points_of(resolve("classification", given))
+    assert [(point.run_name, point.name) for point in points] == [("clean", "jpeg-5-frozen"), ("clean", "dicm-frozen")]
+
+
+def test_points_of__runs_with_two_codecs_and_one_seed_are_no_seeds(clean: Path, tmp_path: Path):
+    other = shutil.copytree(clean, tmp_path / "other")
+    options = (other / "config.yaml").read_text()
+    codec = str(load_run(clean).codec)
+    (other / "config.yaml").write_text(options.replace(f"codec: {codec}\n", f"codec: {tmp_path}\n"))
+    with pytest.raises(TaskError, match=r"one seed and two codecs.*label="):
+        points_of(resolve("classification", [f"runs={clean},{other}"]))
+
+
 def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path, codec_folder: Path, tmp_path: Path):
-    codec = FeatureCodec.from_pretrained(codec_folder)
-    with torch.no_grad():
-        codec.g_a[-1].weight.mul_(2)
-    codec.save_pretrained(tmp_path / "retrained")
+    codec = FeatureCodec.from_pretrained(retrained(codec_folder, tmp_path / "retrained"))
     assert points_of(resolve("classification", [f"runs={clean}", f"codec={tmp_path / 'retrained'}"]))
     with torch.no_grad():
         codec.backbone.layer1[0].conv1.weight.mul_(2)
@@ -102,6 +193,10 @@ def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path
         (["runs=a", "gates=dynamic"], "reads no latents"),
         (["runs=a", "streams=false"], "nothing to measure"),
         (["runs=a", "parallel=0"], "parallel=0"),
+        (["runs=a", "label=a/b"], "label=a/b"),
+        (["runs=a", "label=hevc"], "label=hevc"),
+        (["runs=a", "options=run=b"], "options=run=b"),
+        (["runs=a", "anchor_options=[epochs=3]"], "anchor_options=epochs=3"),
     ],
 )
 def test_resolve__bad_options_are_named(options: list[str], message: str):

@@ -16,7 +16,15 @@ from downstream.evaluation.points import resolve
 from downstream.evaluation.rate_accuracy import Curve, RatePoint
 from downstream.evaluation.report import document_of
 from downstream.evaluation.sweep import sweep
-from downstream.evaluation.sweep_report import ablation_section, at_equal_rate, bd_sections, savings_at, savings_table
+from downstream.evaluation.sweep_report import (
+    ablation_section,
+    at_equal_rate,
+    bd_sections,
+    read_sweep,
+    read_sweeps,
+    savings_at,
+    savings_table,
+)
 
 RATES = {"hevc": 0.4, "dicm": 0.1, "without RE": 0.2}
 
@@ -49,6 +57,21 @@ def test_ablation_section__what_is_missing_is_a_dash():
     assert isinstance(table, Table) and list(table.rows[0]) == ["without RE", "-"]
 
 
+def test_bd_sections__the_whole_codec_is_the_one_that_is_neither_anchor_nor_ablation():
+    factors = {"without RE": 0.2, "hevc": 0.4, "mine": 0.1}
+    groups = {("classification", "tiny"): [row for codec, factor in factors.items() for row in rows(codec, factor)]}
+    _, ablations = bd_sections(groups, "hevc", ["without RE"])
+    table = ablations.blocks[0]
+    assert isinstance(table, Table) and [list(row) for row in table.rows] == [["without RE", "+100.0 %"]]
+
+
+def test_bd_sections__without_what_to_compare_with_say_so():
+    (section,) = bd_sections(GROUPS, "vvc", [])
+    assert [block.text for block in section.blocks if isinstance(block, Text)] == [
+        "Nothing to compare with: no sweep has vvc."
+    ]
+
+
 def test_savings_at__the_best_accuracy_that_both_reach():
     ours = Curve("a", "adapted", (RatePoint("0", 0.1, 0.4), RatePoint("1", 0.2, 0.6)))
     theirs = Curve("b", "adapted", (RatePoint("0", 0.2, 0.3), RatePoint("1", 0.8, 0.5), RatePoint("2", 0.9, 0.6)))
@@ -72,6 +95,7 @@ def test_at_equal_rate__takes_the_row_of_each_codec_nearest_to_a_rate_that_all_r
 
 def test_report__of_a_sweep_in_one_page_and_as_markdown(swept: Path, tmp_path: Path):
     page, folder = tmp_path / "report.html", tmp_path / "markdown"
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
     done = CliRunner().invoke(
         app, ["report", str(swept), "-o", str(page), "--markdown", str(folder), "--against", "jpeg"],
         catch_exceptions=False,
@@ -83,6 +107,32 @@ def test_report__of_a_sweep_in_one_page_and_as_markdown(swept: Path, tmp_path: P
     assert "data:image/png;base64," in html and not re.search(r'(src|href)="(?!data:|#)', html)
     pictures = re.findall(r"\]\(([^)]+)\)", text)
     assert pictures and all((folder / name).stat().st_size > 0 for name in pictures)
+    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*")} == before  # it may lie where none may write
+
+
+def test_report__an_ablation_that_no_sweep_has_is_named(swept: Path):
+    with pytest.raises(TaskError, match=r"--ablation without RE: .* they have dicm, hevc, jpeg"):
+        document_of([swept], None, "hevc", ["without RE"])
+    sections = document_of([swept], None, "hevc", ["dicm", "hevc", "jpeg"]).sections
+    assert not any(section.title.startswith("Classification") for section in sections)
+
+
+def test_read_sweeps__rows_of_two_sweeps_are_one_codec_s_once_or_not_at_all(swept: Path, tmp_path: Path):
+    copy = shutil.copytree(swept, tmp_path / "sweep")
+    assert read_sweeps([swept, copy]) == read_sweep(swept)
+    changed = json.loads((copy / "results.json").read_text())
+    changed[0]["value"] = 0.123
+    (copy / "results.json").write_text(json.dumps(changed))
+    with pytest.raises(TaskError, match="averaged as seeds: sweep one with another label="):
+        read_sweeps([swept, copy])
+
+
+def test_document_of__runs_on_two_data_sets_share_no_curve(clean: Path, tmp_path: Path):
+    other = shutil.copytree(clean, tmp_path / "other")
+    results = json.loads((other / "results.json").read_text())
+    (other / "results.json").write_text(json.dumps({**results, "data": "elsewhere"}))
+    with pytest.raises(TaskError, match="elsewhere cannot share a curve"):
+        document_of([clean, other], None, "hevc", [])
 
 
 def test_document_of__runs_and_sweeps_are_not_mixed(swept: Path, finetuned: Path):
@@ -105,6 +155,8 @@ def test_document__escapes_in_html_and_keeps_order_in_markdown(tmp_path: Path):
     blocks = [Text("a < b"), Table(["x|y", "z"], [["1", "2"]]), Code("dicm demo"), Picture(b"png", "seen", "picture"),
               Tiles([(b"one", "first"), (b"two", "second"), (b"three", "third")], 2, "tiles", "tile")]  # fmt: skip
     document = Document("<title>", "lead", [Section("one", blocks), Section("empty", [])])
+    with pytest.raises(AssertionError, match="one name"):
+        Document("", "", [Section("", [Picture(b"png", "", "same")] * 2)]).write_markdown(tmp_path / "twice")
     document.write_html(tmp_path / "page.html")
     document.write_markdown(tmp_path / "docs")
     page, text = (tmp_path / "page.html").read_text(), (tmp_path / "docs" / "README.md").read_text()

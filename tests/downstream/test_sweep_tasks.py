@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_codecs import NARROW
 from small_objects import NARROW_DETECTOR, SMALL_CROPS
 
 from data_pipeline.scenes import write_scenes
@@ -14,6 +16,7 @@ from downstream.evaluation.points import points_of, resolve
 from downstream.evaluation.sweep import sweep
 from downstream.evaluation.sweep_report import sweep_sections
 from downstream.runs import load_run
+from pretrain.codec.feature_codec import FeatureCodec
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,9 @@ def base_run(recipe: str, codec: Path, data: Path, run: Path, *options: str) -> 
 def test_sweep__of_gates_trains_students_of_the_base_run(codec: Path, data: Path, tmp_path: Path):
     clean = base_run("semantic_segmentation", codec, data, tmp_path / "clean", "gate=none", *SMALL_CROPS)
     out = tmp_path / "sweep"
+    with pytest.raises(TaskError, match=r"num_channels=33 .*1\.\.32"):
+        sweep(resolve("semantic_segmentation", [f"runs={clean}", f"out={out}", "gates=static:33", "epochs=1"]))
+    assert not out.exists()
     config = resolve("semantic_segmentation", [f"runs={clean}", f"out={out}", "gates=static:4,variance:4", "epochs=1",
                                                "anchors=jpeg:5"])  # fmt: skip
     rows = {(row["codec"], row["protocol"]): row for row in sweep(config)}
@@ -70,6 +76,14 @@ def test_points_of__a_codec_of_one_rate_has_no_rates(codec: Path, data: Path, tm
     clean = base_run("detection", codec, data, tmp_path / "clean", *NARROW_DETECTOR)
     with pytest.raises(TaskError, match=r"rates=\[0.5\]: the codec .* has one rate"):
         points_of(resolve("detection", [f"runs={clean}", "rates=0.5"]))
+    ranged = FeatureCodec(replace(NARROW, rate_points=3)).eval()
+    ranged.save_pretrained(tmp_path / "ranged")
+    options = (clean / "config.yaml").read_text().replace(f"codec: {codec}\n", f"codec: {tmp_path / 'ranged'}\n")
+    (clean / "config.yaml").write_text(options)
+    assert len(points_of(resolve("detection", [f"runs={clean}", "gates=dynamic"]))) == 5
+    (clean / "config.yaml").write_text(options.replace("latents: codec", "latents: bmshj2018-hyperprior"))
+    (point,) = points_of(resolve("detection", [f"runs={clean}", "gates=dynamic"]))
+    assert point.quality == ""  # whatever the codec has that gives weights to begin with
     with pytest.raises(TaskError, match="protocols=frozen leaves no point"):
         points_of(resolve("detection", [f"runs={clean}", "gates=dynamic", "protocols=frozen"]))
     with pytest.raises(TaskError, match="is a run of detection, not of classification"):
