@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cluster.files import write_whole
 from data_pipeline.samples import once
 from downstream.errors import TaskError
+from downstream.files import write_file
 from downstream.gate import DynamicGate
 from downstream.latents import LatentCodec
 
@@ -85,10 +85,7 @@ def most_varied(latents: LatentCodec, images: Iterable[Tensor], num: int) -> lis
 def write_choice(path: Path, channels: Sequence[int], found: Counts, latents: str) -> None:
     """Write the choice as JSON, whole or not at all (TaskError where that fails)."""
     facts = {"channels": list(channels), **found._asdict(), "latents": latents}
-    try:
-        write_whole(path, json.dumps(facts) + "\n")
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be written ({error.strerror}); name another file") from error
+    write_file(path, json.dumps(facts) + "\n", "name another file")
 
 
 def draw_choice(path: Path, channels: Sequence[int], found: Counts) -> None:

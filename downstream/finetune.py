@@ -315,7 +315,8 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     Raises:
         TaskError: not a run folder, or a run that is not complete: its results would pass for the final ones.
     """
-    results = {**read_results(folder), **open_run(folder).task.evaluate()}
+    tuner = open_run(folder)  # first: it says what a folder lacks
+    results = {**read_results(folder), **tuner.task.evaluate()}
     write_results(folder, results)
     return results
 

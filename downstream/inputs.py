@@ -12,10 +12,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from cluster.files import write_whole
 from data_pipeline.manifest import Manifest
 from downstream.config import FinetuneConfig
 from downstream.errors import TaskError
+from downstream.files import write_file
 from pretrain.codec.feature_codec import FeatureCodec
 
 INPUTS = "inputs.json"
@@ -39,10 +39,7 @@ def inputs_of(config: FinetuneConfig, codec: FeatureCodec | None, manifest: Mani
 
 def write_inputs(folder: Path, inputs: dict[str, str]) -> None:
     """Write RUN/inputs.json (TaskError where the disk refuses)."""
-    try:
-        write_whole(folder / INPUTS, json.dumps(inputs, indent=2) + "\n")
-    except OSError as error:
-        raise TaskError(f"{folder / INPUTS}: cannot be written ({error.strerror}); free space, run it again") from error
+    write_file(folder / INPUTS, json.dumps(inputs, indent=2) + "\n")
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:

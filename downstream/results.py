@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cluster.files import write_whole
 from downstream.errors import TaskError
+from downstream.files import write_file
 
 RESULTS = "results.json"
 CLASSIFICATION = {"top1": "top-1", "top5": "top-5"}  # of results that were written before there was another task
@@ -19,11 +19,7 @@ CLASSIFICATION = {"top1": "top-1", "top5": "top-5"}  # of results that were writ
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Write RUN/results.json, whole or not at all (TaskError where the disk refuses)."""
-    try:
-        write_whole(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    except OSError as error:
-        path = folder / RESULTS
-        raise TaskError(f"{path}: cannot be written ({error.strerror}); free space, run it again") from error
+    write_file(folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
 
 def read_results(folder: Path) -> dict[str, Any]:

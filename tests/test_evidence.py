@@ -13,6 +13,7 @@ from conftest import REPOSITORY
 sys.path.append(str(REPOSITORY / "tests" / "benchmarks"))
 
 import evidence
+import evidence_plan
 
 from downstream.evaluation.points import resolve
 from downstream.evaluation.rate_accuracy import Curve, RatePoint
@@ -30,7 +31,7 @@ def curve(codec: str, *points: tuple[float, float]) -> Curve:
 
 
 def test_plan__each_step_once_and_behind_what_it_reads(arguments: argparse.Namespace):
-    steps = list(evidence.plan(evidence.STUDIES, arguments))
+    steps = list(evidence_plan.plan(evidence_plan.STUDIES, arguments))
     results = [step.result for step in steps]
     assert len({step.name for step in steps}) == len(steps)
     made: set[Path] = set()
@@ -46,15 +47,15 @@ def test_plan__each_step_once_and_behind_what_it_reads(arguments: argparse.Names
 
 
 def test_plan__sweeps_are_commands_that_dicm_takes(arguments: argparse.Namespace):
-    sweeps = [step for step in evidence.plan(evidence.STUDIES, arguments) if step.command[0] == "evaluate"]
-    assert len(sweeps) == len(evidence.STUDIES) * arguments.seeds + len(evidence.ABLATIONS) + 1
+    sweeps = [step for step in evidence_plan.plan(evidence_plan.STUDIES, arguments) if step.command[0] == "evaluate"]
+    assert len(sweeps) == len(evidence_plan.STUDIES) * arguments.seeds + len(evidence_plan.ABLATIONS) + 1
     for step in sweeps:
         _, _, task, *overrides = shlex.split(step.typed)
-        assert resolve(task, overrides).label in ("dicm", *evidence.ABLATIONS)
+        assert resolve(task, overrides).label in ("dicm", *evidence_plan.ABLATIONS)
 
 
 def test_plan__an_ablation_of_the_codec_goes_on_from_the_whole_one_s_backbone(arguments: argparse.Namespace):
-    steps = {step.name: step.command for step in evidence.plan(evidence.STUDIES, arguments)}
+    steps = {step.name: step.command for step in evidence_plan.plan(evidence_plan.STUDIES, arguments)}
     whole = arguments.out / "tiny_imagenet20" / "whole_0"
     pretraining = steps["tiny_imagenet20: without gated convolutions, seed 0, pretraining"]
     assert {f"init={whole / 'codec'}", "init_parts=[backbone]", "only=[codec]"} <= set(pretraining)
@@ -90,7 +91,7 @@ def test_lowest_rate_claim__above_and_below_all_of_hevc_s():
 
 def test_record__a_step_that_was_begun_with_another_command_is_refused(tmp_path: Path):
     path = tmp_path / "steps.json"
-    step = evidence.Step("data", ["data", "scenes", "out", "parallel=1"], tmp_path / "result")
+    step = evidence_plan.Step("data", ["data", "scenes", "out", "parallel=1"], tmp_path / "result")
     record = evidence.Record(path)
     record.check(step)
     record.begin(step)
@@ -99,6 +100,6 @@ def test_record__a_step_that_was_begun_with_another_command_is_refused(tmp_path:
     record.end(step, 1.0)
     again = evidence.Record(path)
     assert again.seconds == {"data": 2.5}
-    again.check(evidence.Step("data", ["data", "scenes", "out", "parallel=2"], step.result))
+    again.check(evidence_plan.Step("data", ["data", "scenes", "out", "parallel=2"], step.result))
     with pytest.raises(SystemExit, match="use another --out"):
-        again.check(evidence.Step("data", ["data", "scenes", "out", "--size", "96"], step.result))
+        again.check(evidence_plan.Step("data", ["data", "scenes", "out", "--size", "96"], step.result))

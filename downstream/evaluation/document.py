@@ -18,8 +18,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from cluster.files import write_whole
-from downstream.errors import TaskError
+from downstream.files import write_file
 
 PNG_DPI = 150
 PHONE_COLUMNS = 3  # those of .many; a row of more goes on in the next line there
@@ -215,7 +214,4 @@ def _svg(figure: Figure) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
-        write_whole(path, data)
-    except OSError as error:
-        raise TaskError(f"{path}: cannot be written ({error.strerror}); name another place with -o") from error
+    write_file(path, data, "name another place with -o")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -77,17 +76,22 @@ def _from_zero(axes: Any) -> None:
 def grouped(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Results by codec, each in order of rate."""
     groups: dict[str, list[dict[str, Any]]] = {}
+    several = len({row["codec"] for row in results if row["input"] == "streams"}) > 1
     for row in sorted(results, key=lambda row: row["bpp"]):
-        groups.setdefault(series_of(row), []).append(row)
+        groups.setdefault(series_of(row, several), []).append(row)
     return groups
 
 
-def series_of(row: dict[str, Any]) -> str:
-    """The codec of a result: its folder's name, or a model's latents, with its gate; jpeg, ...; or clean pixels."""
+def series_of(row: dict[str, Any], several: bool = False) -> str:
+    """The codec of a result, or a model's latents, with its gate; jpeg, ...; or clean pixels.
+
+    Args:
+        several: codecs are called by their folders.
+    """
     if row["input"] == "streams":
         gate = f", {row['gate']} gate" if row.get("gate") else ""
         latents = row.get("latents", "codec") if gate else "codec"
-        return (Path(row["codec"]).name if latents == "codec" else latents) + gate
+        return (row["codec"] if several and latents == "codec" else latents) + gate
     return row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels"
 
 

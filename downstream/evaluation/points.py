@@ -72,7 +72,7 @@ class SweepConfig:
             )
         for key in ("options", "anchor_options"):
             for option in getattr(self, key):
-                if option.partition("=")[0].strip("+~ ") in OWN_OPTIONS:
+                if option.partition("=")[0] in OWN_OPTIONS:
                     raise TaskError(f"{key}={option} is impossible; every point of a sweep has its own, leave it out")
         for key in ("epochs", "parallel"):
             if getattr(self, key) < 1:
@@ -120,11 +120,6 @@ class Point:
     def name(self) -> str:
         """Of its folder, in that of its base run."""
         return point_name(self.codec, self.quality, self.protocol)
-
-    @property
-    def run_name(self) -> str:
-        """Of the folder for its base run."""
-        return run_name(self.run)
 
 
 def run_name(run: str) -> str:
@@ -222,10 +217,10 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     loaded = None if codec is None else FeatureCodec.from_pretrained(codec)
     if loaded is not None and config.codec is not None and base.codec is not None:
         _check_head(run, config.codec, loaded, FeatureCodec.from_pretrained(base.codec))
-    if loaded is not None and loaded.config.rate_points > 1 and getattr(base, "latents", "codec") == "codec":
+    latents = getattr(base, "latents", "codec")  # another model's have one rate, whatever the codec beside it has
+    if loaded is not None and loaded.config.rate_points > 1 and latents == "codec":
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:
-        latents = getattr(base, "latents", "codec")
         what = f"codec {codec}" if latents == "codec" else f"model {latents}"
         raise TaskError(f"rates={config.rates}: the {what} has one rate; leave them out")
     gates = config.gates or (["dynamic"] if config.task == "semantic_segmentation" else [])

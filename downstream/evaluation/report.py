@@ -90,7 +90,10 @@ class Report:
     def _features(self) -> Section | None:
         if not self.codecs or self.data is None:
             return None
-        return Section("What is kept", [feature_tiles(codec, self.data, self.split) for codec in self.codecs])
+        return Section(
+            "What is kept",
+            [feature_tiles(codec, self.data, self.split, f"features_{n}") for n, codec in enumerate(self.codecs)],
+        )
 
     def _training(self) -> Section | None:
         rows = read_rows(self.pretraining / METRICS) if self.pretraining else []
@@ -152,7 +155,7 @@ def facts_section(timings: dict[str, float], commands: list[str]) -> Section:
 
 
 @torch.inference_mode()
-def feature_tiles(codec_folder: Path, data: str | Path, split: str) -> Tiles:
+def feature_tiles(codec_folder: Path, data: str | Path, split: str, name: str) -> Tiles:
     """f1, f2 (where the codec has it) and f3 of a few images of a split as colours, beside image and stream's size."""
     codec = FeatureCodec.from_pretrained(codec_folder)
     size = codec.extra.get("image_size", 224)
@@ -176,7 +179,7 @@ def feature_tiles(codec_folder: Path, data: str | Path, split: str) -> Tiles:
         f"{codec_folder.name}: f1 behind the backbone's head, {eliminated}f3 decoded from the bitstream "
         f"({bpp:.3f} bpp here). Colours are the three principal components of each."
     )
-    return Tiles(tiles, 3 if codec.redundancy is None else 4, caption, f"features_{codec_folder.name}")
+    return Tiles(tiles, 3 if codec.redundancy is None else 4, caption, name)
 
 
 def document_of(folders: list[Path], pretraining: Path | None, against: str, ablations: list[str]) -> Document:

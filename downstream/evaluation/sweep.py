@@ -38,7 +38,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import is_ours
-from cluster.files import write_whole
 from cluster.local_workers import sigterm_held_back
 from cluster.recipes import change_config, config_diff, load_saved, save_config
 from cluster.runtime import on_sigterm
@@ -46,6 +45,7 @@ from downstream import finetune
 from downstream.channels import select_channels
 from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import Point, SweepConfig, points_of, run_name
+from downstream.files import write_file
 from downstream.results import RESULTS, read_results
 from downstream.runs import load_run
 from downstream.tasks import task_class
@@ -193,7 +193,7 @@ def _start_worker(threads: int) -> None:
 
 def folder_of(out: Path, point: Point) -> Path:
     """The fine-tune of a point."""
-    return out / POINTS / point.run_name / point.name
+    return out / POINTS / run_name(point.run) / point.name
 
 
 def is_done(out: Path, point: Point) -> bool:
@@ -211,7 +211,7 @@ def measure_point(config: SweepConfig, point: Point, out: Path) -> dict[str, Any
     costs = costs_of(folder)
     facts = {"point": {**asdict(point), "options": list(point.options)}, "seed": options.seed,
              "parallel": config.parallel, **costs}  # fmt: skip
-    _write(folder / COSTS, json.dumps(facts, indent=2) + "\n")
+    write_file(folder / COSTS, json.dumps(facts, indent=2) + "\n")
     return row_of(facts, results)
 
 
@@ -307,14 +307,5 @@ def write_table(out: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(out / TABLE[0], buffer.getvalue())
-    _write(out / TABLE[1], json.dumps(rows, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise TaskError(
-            f"{path}: cannot be written ({error.strerror}); free space, the same command goes on"
-        ) from error
+    write_file(out / TABLE[0], buffer.getvalue())
+    write_file(out / TABLE[1], json.dumps(rows, indent=2) + "\n")

@@ -23,13 +23,13 @@ from compressai.losses import RateDistortionLoss
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cluster.files import write_whole
 from data_pipeline.loader import CanvasBatch, eval_loader, train_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
 from downstream.compressai_latents import LAMBDAS, MODELS, create_latents, most_quality, new_model
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
+from downstream.files import write_file
 from downstream.frozen import RateMeter
 from downstream.tasks.task import Found, Task, shard_cache_of
 from pretrain.codec.entropy import solve_quantiles
@@ -141,12 +141,8 @@ class Anchor(Task[AnchorConfig, CanvasBatch]):
         for bottleneck in _bottlenecks(self.model):
             solve_quantiles(bottleneck)
         if self.runtime.rank == 0:
-            path = weights_path(Path(self.config.run))
             tensors = {name: tensor.cpu().contiguous() for name, tensor in _updated(self.model).state_dict().items()}
-            try:
-                write_whole(path, save(tensors))
-            except OSError as error:
-                raise TaskError(f"{path}: cannot be written ({error.strerror}); free space, run it again") from error
+            write_file(weights_path(Path(self.config.run)), save(tensors))
         self.runtime.barrier()
 
     @torch.no_grad()

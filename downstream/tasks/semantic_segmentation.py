@@ -29,7 +29,6 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from cluster.files import write_whole
 from data_pipeline.manifest import Manifest
 from data_pipeline.masks import MaskDataset, TrainingCrops, survey_masks
 from data_pipeline.samples import once, training_loader
@@ -38,6 +37,7 @@ from data_pipeline.views import normalize
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_regions
 from downstream.evaluation.segmentation import SegmentationMetric, class_scores, constant_scores, scores
+from downstream.files import write_file
 from downstream.frozen import RateMeter, pixel_input
 from downstream.stream_cache import STREAM, StreamDataset
 from downstream.tasks.deeplab import DeepLab, load_deeplab
@@ -182,12 +182,7 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
             return
         buffer = io.BytesIO()
         torch.save({key: tensor.cpu() for key, tensor in self.model.state_dict().items()}, buffer)
-        try:
-            write_whole(Path(self.config.run) / name, buffer.getvalue())
-        except OSError as error:
-            raise TaskError(
-                f"{self.config.run}/{name}: cannot be written ({error.strerror}); free space, run it again"
-            ) from error
+        write_file(Path(self.config.run) / name, buffer.getvalue())
 
     def dataset(self, split: str) -> MaskDataset:
         """The usable samples of a split; those for training as crops."""

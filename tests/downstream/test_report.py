@@ -45,7 +45,7 @@ def test_grouped__a_curve_runs_along_its_rates():
 
 def test_grouped__codecs_have_curves_of_their_own():
     groups = grouped([{**row, "codec": f"codecs/{number}"} for number, row in enumerate(RESULTS)])
-    assert set(groups) == {"0", "2", "jpeg", "clean pixels"}
+    assert set(groups) == {"codecs/0", "codecs/2", "jpeg", "clean pixels"}
 
 
 def test_pca_picture__shows_any_feature_map():

@@ -16,7 +16,7 @@ from cluster.errors import RecipeError
 from downstream import finetune
 from downstream.cli import app
 from downstream.errors import StoppedError, TaskError
-from downstream.evaluation.points import points_of, resolve
+from downstream.evaluation.points import points_of, resolve, run_name
 from downstream.evaluation.sweep import COLUMNS, point_config, sweep
 from downstream.results import read_results
 from downstream.runs import load_run, trained_weights
@@ -158,7 +158,10 @@ def test_points_of__each_point_once(clean: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(clean)
     given = ["runs=.", "anchors=jpeg,jpeg:5", "qualities=5", "protocols=frozen"]
     points = points_of(resolve("classification", given))
-    assert [(point.run_name, point.name) for point in points] == [("clean", "jpeg-5-frozen"), ("clean", "dicm-frozen")]
+    assert [(run_name(point.run), point.name) for point in points] == [
+        ("clean", "jpeg-5-frozen"),
+        ("clean", "dicm-frozen"),
+    ]
 
 
 def test_points_of__runs_with_two_codecs_and_one_seed_are_no_seeds(clean: Path, tmp_path: Path):
