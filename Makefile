@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/dicm demo --out demo
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
 
 lint: install
 	$(BIN)/ruff check .
