@@ -48,11 +48,10 @@ def depth_of(stage: StageConfig) -> str:
     return "f2" if "redundancy" in stage.trains else "f1"
 
 
-def has_labels(data: str, split: str) -> bool:
+def has_labels(data: str, split: str, cache: ShardCache | None = None) -> bool:
     """Whether images of a split have a label, judged by the first; the classes of a data set may be those of boxes."""
-    return all(
-        bool(batch.label.ge(0).all()) for batch in eval_loader(data, split, canvas_size=8, batch_size=1, limit=1)
-    )
+    loader = eval_loader(data, split, canvas_size=8, batch_size=1, limit=1, cache=cache)
+    return all(bool(batch.label.ge(0).all()) for batch in loader)
 
 
 def measure_knn(
@@ -64,7 +63,8 @@ def measure_knn(
     """
     if not config.knn_samples or not manifest.classes or "val" not in manifest.splits:
         return {}
-    if not all(has_labels(config.data, split) for split in (config.split, "val")):
+    cache = ShardCache.of_size(config.shard_cache, config.shard_cache_limit)
+    if not all(has_labels(config.data, split, cache) for split in (config.split, "val")):
         return {}
     codec.eval()
     banks: list[Tensor] = []
@@ -78,7 +78,7 @@ def measure_knn(
             rank=runtime.rank,
             world=runtime.world,
             limit=limit - limit % runtime.world,  # no rank without a share
-            cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
+            cache=cache,
             quarantine=config.run,
         )
         features, labels = [], []

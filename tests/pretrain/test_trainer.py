@@ -15,6 +15,7 @@ from conftest import NARROW, REPOSITORY, SHORT, small_run
 from http_store import serving
 
 from cluster.checkpoint import CheckpointStore
+from data_pipeline.cache import ROOT_VARIABLE
 from data_pipeline.manifest import Manifest, Split
 from data_pipeline.shards import ShardReader, ShardWriter
 from pretrain.run import run
@@ -162,8 +163,12 @@ def test_run__micro_batches_see_all_images(scenes: Path, tmp_path: Path):
     assert rows[-1]["samples_seen"] == 32
 
 
-def test_run__data_at_a_url_changes_no_loss_and_passes_over_a_bad_image(scenes: Path, tmp_path: Path):
-    """The same losses as from the folder; with an image that does not decode, the run goes on and names it."""
+def test_run__data_at_a_url_changes_no_loss_and_passes_over_a_bad_image(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same losses as from the folder, each shard fetched once, into the run's cache and no other; with an image
+    that does not decode, the run goes on and names it."""
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "default"))
     folder = losses(run(small_run(scenes, tmp_path / "folder", "precision=fp32", "only=[ssl]")))
     with serving(scenes) as store:
         options = ["precision=fp32", "only=[ssl]", f"shard_cache={tmp_path / 'cache'}", "shard_cache_limit=0.1"]
@@ -172,6 +177,7 @@ def test_run__data_at_a_url_changes_no_loss_and_passes_over_a_bad_image(scenes: 
         assert {count for name, count in store.requests.items() if name.endswith(".tar")} == {1}
     assert not (tmp_path / "url" / "quarantine.jsonl").exists()
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) >= 1
+    assert not (tmp_path / "default").exists()
 
     manifest = Manifest.load(scenes)
     broken = tmp_path / "broken"
