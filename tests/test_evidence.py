@@ -48,10 +48,10 @@ def test_plan__each_step_once_and_behind_what_it_reads(arguments: argparse.Names
 
 def test_plan__sweeps_are_commands_that_dicm_takes(arguments: argparse.Namespace):
     sweeps = [step for step in evidence_plan.plan(evidence_plan.STUDIES, arguments) if step.command[0] == "evaluate"]
-    assert len(sweeps) == len(evidence_plan.STUDIES) * arguments.seeds + len(evidence_plan.ABLATIONS) + 1
+    assert len(sweeps) == len(evidence_plan.STUDIES) * arguments.seeds + len(evidence_plan.ABLATIONS) + 2
     for step in sweeps:
         _, _, task, *overrides = shlex.split(step.typed)
-        assert resolve(task, overrides).label in ("dicm", *evidence_plan.ABLATIONS)
+        assert resolve(task, overrides).label in ("dicm", evidence_plan.LATENTS, *evidence_plan.ABLATIONS)
 
 
 def test_plan__an_ablation_of_the_codec_goes_on_from_the_whole_one_s_backbone(arguments: argparse.Namespace):
@@ -73,14 +73,18 @@ def test_claims_of__tell_what_was_wanted_and_found():
         ],
         "camvid": [
             curve("hevc", (0.4, 0.5)), curve("dicm variance 32", (0.2, 0.5)), curve("dicm static 32", (0.1, 0.5)),
+            curve("bmshj2018-hyperprior", (0.5, 0.6)), curve("latents of pixels static 32", (0.1, 0.6)),
         ],
     }  # fmt: skip
     claims = {name: measured for name, _, measured in evidence.claims_of(found)}
     assert claims["tiny_imagenet20: BD-rate against HEVC intra"] == "-50.0 %"
     assert claims["tiny_imagenet20: BD-rate without gated convolutions against the whole"] == "+100.0 %"
     assert "2.00 times" in claims["tiny_imagenet20: top-1 at the lowest rate, against HEVC at twice the bytes"]
-    assert claims["camvid: bits that static 32 saves against dicm variance 32"] == "50.0 % at 50.0 %"
-    assert claims["camvid: bits that static 32 saves against hevc"] == "75.0 % at 50.0 %"
+    assert claims["camvid: bits that dicm static 32 saves against dicm variance 32"] == "50.0 % at 50.0 %"
+    assert claims["camvid: bits that dicm static 32 saves against hevc"] == "75.0 % at 50.0 %"
+    assert (
+        claims["camvid: bits that latents of pixels static 32 saves against bmshj2018-hyperprior"] == "80.0 % at 60.0 %"
+    )
 
 
 def test_lowest_rate_claim__above_and_below_all_of_hevc_s():

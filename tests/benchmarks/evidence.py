@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence_plan import ABLATIONS, DONE, STUDIES, Step, Study, plan
+from evidence_plan import ABLATIONS, DONE, LATENTS, STUDIES, Step, Study, plan
 from rich.console import Console
 from rich.table import Table
 
@@ -198,20 +198,25 @@ def claims_of(found: dict[str, list[Curve]]) -> Iterator[tuple[str, str, str]]:
             yield f"{name}: BD-rate against HEVC intra", f"at most {wanted[name]} %", shown
         if name in ("tiny_imagenet20", "clothing") and {"dicm", "hevc"} <= adapted.keys():
             yield lowest_rate_claim(name, adapted["dicm"], adapted["hevc"])
-        for against, least in (("dicm variance 32", 15.8), ("hevc", 80.0)):
-            if "dicm static 32" in adapted and against in adapted:
-                saved = savings_at(adapted["dicm static 32"], adapted[against])
-                shown = (
-                    "no accuracy that both reach"
-                    if saved is None
-                    else f"{100 * saved[1]:.1f} % at {100 * saved[0]:.1f} %"
-                )
-                yield f"{name}: bits that static 32 saves against {against}", f"at least {least} %", shown
+        yield from savings_claims(name, adapted)
         for label in ABLATIONS:
             if label in adapted and "dicm" in adapted:
                 ((_, gain),) = deltas([adapted["dicm"], adapted[label]], "dicm")
                 shown = "curves share no accuracy" if gain.rate is None else f"{100 * gain.rate:+.1f} %"
                 yield f"{name}: BD-rate {label} against the whole", "above 0 %", shown
+
+
+def savings_claims(name: str, adapted: dict[str, Curve]) -> Iterator[tuple[str, str, str]]:
+    """What static gates save: of each latent, against channels by variance and against pixels."""
+    pixel_codec = next((study.pixel_codec.partition(":")[0] for study in STUDIES if study.name == name), "")
+    for label, pixels in (("dicm", "hevc"), (LATENTS, pixel_codec)):
+        ours = adapted.get(f"{label} static 32")
+        for against, least in ((f"{label} variance 32", 15.8), (pixels, 80.0)):
+            if ours is None or against not in adapted:
+                continue
+            saved = savings_at(ours, adapted[against])
+            shown = f"{100 * saved[1]:.1f} % at {100 * saved[0]:.1f} %" if saved else "no accuracy that both reach"
+            yield f"{name}: bits that {label} static 32 saves against {against}", f"at least {least} %", shown
 
 
 def lowest_rate_claim(name: str, ours: Curve, hevc: Curve) -> tuple[str, str, str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 DONE = "done"  # in the folder of a sweep that has all its points
+LATENTS = "latents of pixels"  # what tables call the latents of a study's pixel codec
+PIXEL_CODEC_EPOCHS = 200
 TRANSFORM_EPOCHS = 10  # of gate and transform by themselves, before a student of a sweep has its epochs
 RATES = "rates=0,0.25,0.5,0.75,1"
 # Both sizes where curves cross: below about 0.2 bpp a picture of half the sides is the better one.
@@ -27,10 +29,11 @@ ABLATIONS: dict[str, list[str]] = {
     "without the KLT to begin with": ["stages.codec.klt=false"],
     "fidelity at f3 alone": ["stages.codec.distortion=1", "stages.codec.features=[0,0,0]"],
     "with redundancy elimination": ["codec.redundancy=true"],
+    "with all four stages": ["codec.redundancy=true", "only=[ssl,redundancy,joint,codec]"],
     "without guidance": ["ssl.heatmap.method=none"],
     "without contrastive stage": ["only=[codec]"],
 }
-OWN_BACKBONE = ("without guidance", "without contrastive stage")
+OWN_BACKBONE = ("with all four stages", "without guidance", "without contrastive stage")
 STAGES = {"with redundancy elimination": "redundancy,codec"}  # the stage joint would change the backbone
 
 
@@ -48,6 +51,8 @@ class Study:
         task_epochs, adapt_epochs: at scale 1.
         anchors, others: of the sweep, and of one that comes behind what tells more.
         gates: of the sweep, for a task that reads latents.
+        pixel_codec: MODEL:QUALITY of CompressAI's, to be trained on the study's images; the gates then choose channels of
+            its latent, too, beside a network on what it decodes.
         ablate: whether ablations are measured here.
         codec_of: another study, whose codec this one reads.
     """
@@ -66,6 +71,7 @@ class Study:
     anchors: str = HEVC
     others: str = ""
     gates: str = ""
+    pixel_codec: str = ""
     ablate: bool = False
     codec_of: str | None = None
 
@@ -82,7 +88,7 @@ STUDIES = [
     Study("camvid", "camvid_as_cityscapes", "cityscapes", "semantic_segmentation", "semantic_segmentation_small",
           pretrain=["image_size=128", "canvas_size=192", "codec.context=none", "stages.ssl.batch_size=64"],
           epochs={"ssl": 200, "codec": 200}, task_epochs=60, adapt_epochs=30, gates="dynamic,static:32,static:16,variance:32,variance:16",
-          anchors="hevc:51,hevc:47,hevc:42,hevc:37,hevc:32"),
+          anchors="hevc:51,hevc:47,hevc:42,hevc:37,hevc:32", pixel_codec="bmshj2018-hyperprior:2"),
     Study("raccoon", "raccoon_voc", "voc", "detection", "detection_small",
           options=["val_split=test", "max_side=320", "voc07=true"],
           pretrain=["image_size=128", "canvas_size=144", *FINDING], epochs={"ssl": 120, "codec": 120}, task_epochs=24,
@@ -135,6 +141,8 @@ def plan(studies: list[Study], arguments: argparse.Namespace) -> Iterator[Step]:
     for study in studies:
         if study.others:
             yield sweep_step(study, arguments, "whole", "dicm", 0, others=True)
+        if study.pixel_codec:
+            yield from pixel_codec_steps(study, arguments)
     for seed in range(1, arguments.seeds):
         for study in studies:
             yield from codec_steps(study, arguments, "whole", first_codec(studies, study, arguments, seed), seed)
@@ -210,6 +218,30 @@ def sweep_step(
         command += [f"gates={study.gates}"]
     name = f"{study.name}: {variant}, seed {seed}, sweep{' of other codecs' if others else ''}"
     return Step(name, command, out / (f"{DONE}_others" if others else DONE))
+
+
+def pixel_codec_steps(study: Study, arguments: argparse.Namespace) -> Iterator[Step]:
+    """A model of CompressAI's trained on the study's images; gates over its latent beside what it decodes."""
+    model, _, quality = study.pixel_codec.partition(":")
+    run = arguments.out / study.name / "anchors" / f"{model}-{quality}"
+    weights = run.with_name(f"{run.name}.safetensors")
+    yield Step(
+        f"{study.name}: {model}",
+        ["anchors", "train", model, f"data={shards_of(study, arguments)}", f"run={run}", f"quality={quality}",
+         "image_size=128", "canvas_size=160", "batch_size=8", "lr=5e-4", "launcher=local",
+         f"epochs={max(1, round(PIXEL_CODEC_EPOCHS * arguments.scale))}"],
+        weights,
+    )  # fmt: skip
+    out = place_of(study, arguments, "whole", 0) / f"sweep_{study.task}"
+    latents = [f"latents={model}", f"latents_quality={quality}", f"latents_weights={weights}"]
+    yield Step(
+        f"{study.name}: latents of {model}, sweep",
+        ["evaluate", study.task, f"runs={base_of(study, arguments, 'whole', 0)}", f"out={out}", f"label={LATENTS}",
+         f"epochs={max(1, round(study.adapt_epochs * arguments.scale))}", f"parallel={arguments.parallel}",
+         f"anchors={study.pixel_codec}", f"anchor_weights={run.parent}", f"gates={study.gates}",
+         f"options=[{','.join(latents)}]"],
+        out / f"{DONE}_latents",
+    )  # fmt: skip
 
 
 def place_of(study: Study, arguments: argparse.Namespace, variant: str, seed: int) -> Path:
