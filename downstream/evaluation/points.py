@@ -217,7 +217,9 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     loaded = None if codec is None else FeatureCodec.from_pretrained(codec)
     if loaded is not None and config.codec is not None and base.codec is not None:
         _check_head(run, config.codec, loaded, FeatureCodec.from_pretrained(base.codec))
-    latents = getattr(base, "latents", "codec")  # another model's have one rate, whatever the codec beside it has
+    # Another model's latents have one rate, whatever the codec beside it has.
+    given = dict(option.split("=", 1) for option in config.options if "=" in option)
+    latents = given.get("latents", getattr(base, "latents", "codec"))
     if loaded is not None and loaded.config.rate_points > 1 and latents == "codec":
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:
