@@ -81,7 +81,9 @@ def test_points_of__a_codec_of_one_rate_has_no_rates(codec: Path, data: Path, tm
     options = (clean / "config.yaml").read_text().replace(f"codec: {codec}\n", f"codec: {tmp_path / 'ranged'}\n")
     (clean / "config.yaml").write_text(options)
     assert len(points_of(resolve("detection", [f"runs={clean}", "gates=dynamic"]))) == 5
-    given = points_of(resolve("detection", [f"runs={clean}", "gates=dynamic", "options=[latents=bmshj2018-hyperprior]"]))
+    given = points_of(
+        resolve("detection", [f"runs={clean}", "gates=dynamic", "options=[latents=bmshj2018-hyperprior]"])
+    )
     assert [point.quality for point in given] == [""]
     (clean / "config.yaml").write_text(options.replace("latents: codec", "latents: bmshj2018-hyperprior"))
     (point,) = points_of(resolve("detection", [f"runs={clean}", "gates=dynamic"]))
