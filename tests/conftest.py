@@ -27,6 +27,7 @@ NARROW = [
 SHORT = ["stages.ssl.batch_size=16", "stages.redundancy.batch_size=16", "stages.joint.batch_size=16",
          "stages.codec.batch_size=16", "stages.ssl.epochs=1", "stages.redundancy.epochs=0.5",
          "stages.joint.epochs=0.5", "stages.codec.epochs=0.5", "knn_samples=32", "log_every=1"]  # fmt: skip
+FOUR_STAGES = ["codec.redundancy=true", "only=[]"]
 
 
 # Speed is not what property tests are about; machines are shared.
@@ -86,10 +87,10 @@ def shards(noise: Path) -> tuple[Shard, ...]:
 
 
 def small_run(data: Path, run: Path, *overrides: str):
-    """The options of a run of seconds: recipe `small`, narrow and short, plain torch, one worker."""
+    """The options of a run of seconds: recipe `small`, narrow and short, all four stages, plain torch, one worker."""
     from pretrain.run import resolve
 
-    options = [f"data={data}", f"run={run}", "launcher=local", "workers=1", *NARROW, *SHORT]
+    options = [f"data={data}", f"run={run}", "launcher=local", "workers=1", *FOUR_STAGES, *NARROW, *SHORT]
     return resolve("small", [*options, *overrides])
 
 

@@ -37,7 +37,7 @@ CUT = [
     "codec.transform_channels=48", "codec.latent_channels=64", "codec.rgc_orders=[0,2,3]", "codec.hyper_dim=48",
     "codec.hyper_heads=2", "codec.hyper_head_dim=24", "codec.z_channels=32",
 ]  # fmt: skip
-BACKBONE = ["init_parts=[backbone]", "only=[redundancy,codec]"]
+BACKBONE = ["init_parts=[backbone]", "codec.redundancy=true", "only=[redundancy,codec]"]
 VARIANTS = {
     "one rate, few bits": ["only=[codec]", f"stages.codec.rate={FEW}"],
     "one rate, many bits": ["only=[codec]", f"stages.codec.rate={MANY}"],

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FOUR_STAGES
 
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.config import PretrainConfig
@@ -15,7 +16,7 @@ from pretrain.run import resolve
 def small_config(init: Path, *options: str) -> PretrainConfig:
     saved = vars(FeatureCodec.from_pretrained(init).config)
     shape = [f"codec.{key}={value}" for key, value in saved.items() if key != "pretrained"]
-    return resolve("small", ["data=none", f"init={init}", *shape, *options])
+    return resolve("small", ["data=none", "only=[]", f"init={init}", *shape, *options])
 
 
 def test_create_codec__takes_only_the_parts_named(exported_codec: Path):
@@ -48,7 +49,7 @@ def test_init_parts__unknown_name(exported_codec: Path):
 
 def test_begins_compression__only_where_it_is_first_trained_and_fresh(tmp_path: Path):
     def begins(*options: str) -> list[bool]:
-        config = resolve("small", ["data=none", *options])
+        config = resolve("small", ["data=none", *FOUR_STAGES, *options])
         return [begins_compression(config, index) for index in range(len(config.stages))]
 
     assert begins() == [False, False, False, True]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import NARROW, REPOSITORY, SHORT, assert_refused, dicm, small_run
+from conftest import FOUR_STAGES, NARROW, REPOSITORY, SHORT, assert_refused, dicm, small_run
 
 from cluster.checkpoint import CheckpointStore
 from cluster.run_folder import held_run
@@ -51,7 +51,8 @@ def test_run__complete_run_is_left_alone(pretrained_run: Path, scenes: Path):
 
 def test_run__disk_full_while_a_checkpoint_is_written_keeps_earlier_ones(scenes: Path, tmp_path: Path):
     """A file-size limit makes the kernel refuse the bytes in mid-write, as a full disk does."""
-    options = [f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", *NARROW, *SHORT, "knn_samples=0"]
+    options = [f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", *FOUR_STAGES, *NARROW, *SHORT]
+    options += ["knn_samples=0"]
     config = small_run(scenes, tmp_path / "run", "knn_samples=0", "checkpoint_every=1")
     config.stages = config.stages[:1]
     run(config)
@@ -136,7 +137,8 @@ def test_run__local_launcher_never_imports_ray(scenes: Path, tmp_path: Path):
         "sys.argv = ['dicm', *sys.argv[1:]]\n"
         "import dicm; dicm.main()"
     )
-    options = [f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", "workers=1", *NARROW, *SHORT]
+    options = [f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", "workers=1"]
+    options += [*FOUR_STAGES, *NARROW, *SHORT]
     subprocess.run(
         [sys.executable, "-c", program, "pretrain", "small", *options],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, check=True, timeout=280,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NARROW, REPOSITORY, SHORT, small_run
+from conftest import FOUR_STAGES, NARROW, REPOSITORY, SHORT, small_run
 from http_store import serving
 
 from cluster.checkpoint import CheckpointStore
@@ -69,7 +69,7 @@ def test_run__killed_at_any_moment_continues_bit_for_bit(scenes: Path, tmp_path:
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "dicm", "pretrain", "small", f"data={scenes}", f"run={folder}",
-                   "launcher=local", "workers=1", *NARROW, *SHORT, "checkpoint_every=2", "seed=7"]  # fmt: skip
+                   "launcher=local", "workers=1", *FOUR_STAGES, *NARROW, *SHORT, "checkpoint_every=2", "seed=7"]  # fmt: skip
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "whole").wait() == 0
