@@ -78,6 +78,13 @@ def test_savings_at__the_best_accuracy_that_both_reach():
     assert savings_at(ours, theirs) == (0.6, pytest.approx(1 - 0.2 / 0.9))
 
 
+def test_savings_at__curves_that_share_no_accuracy_count_our_lowest_rate():
+    ours = Curve("a", "adapted", (RatePoint("0", 0.1, 0.7), RatePoint("1", 0.2, 0.8)))
+    theirs = Curve("b", "adapted", (RatePoint("0", 0.5, 0.6),))
+    assert savings_at(ours, theirs) == (0.6, pytest.approx(0.8))
+    assert savings_at(theirs, ours) is None
+
+
 def test_savings_table__each_against_each():
     ours = Curve("a", "adapted", (RatePoint("0", 0.1, 0.4), RatePoint("1", 0.2, 0.6)))
     theirs = Curve("b", "adapted", (RatePoint("0", 0.4, 0.6),))
