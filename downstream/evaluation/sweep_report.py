@@ -302,8 +302,8 @@ def savings_table(curves: Sequence[Curve]) -> Table:
 def savings_at(ours: Curve, theirs: Curve) -> tuple[float, float] | None:
     """At the best accuracy that both reach: that accuracy, and the share of `theirs` bits that `ours` saves.
 
-    Where `ours` is above it from its lowest rate on, it is counted with that rate, though fewer bits might do. None where
-    all of `theirs` is above `ours`.
+    Where `ours` is above it from its lowest rate on, it is counted with that rate, though fewer bits might do. None
+    where all of `theirs` is above `ours`.
     """
     points = ours.frontier()
     accuracy = min(points[-1].accuracy, theirs.frontier()[-1].accuracy)
