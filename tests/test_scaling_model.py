@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NARROW, REPOSITORY, small_run
+from conftest import FOUR_STAGES, NARROW, REPOSITORY, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -159,7 +159,7 @@ def test_best_interval__no_other_is_better(cost: float, between: float):
 
 @pytest.fixture(scope="module")
 def narrow_counts() -> list[StageCounts]:
-    return count_stages("small", *NARROW)
+    return count_stages("small", *FOUR_STAGES, *NARROW)
 
 
 @pytest.fixture
