@@ -49,9 +49,14 @@ def test_plan__each_step_once_and_behind_what_it_reads(arguments: argparse.Names
 def test_plan__sweeps_are_commands_that_dicm_takes(arguments: argparse.Namespace):
     sweeps = [step for step in evidence_plan.plan(evidence_plan.STUDIES, arguments) if step.command[0] == "evaluate"]
     assert len(sweeps) == len(evidence_plan.STUDIES) * arguments.seeds + len(evidence_plan.ABLATIONS) + 2
+    folders: dict[str, tuple] = {}
     for step in sweeps:
         _, _, task, *overrides = shlex.split(step.typed)
-        assert resolve(task, overrides).label in ("dicm", evidence_plan.LATENTS, *evidence_plan.ABLATIONS)
+        config = resolve(task, overrides)
+        assert config.label in ("dicm", evidence_plan.LATENTS, *evidence_plan.ABLATIONS)
+        # A sweep refuses a folder that holds one with other options than these.
+        fixed = (config.task, config.epochs, config.options, config.anchor_options, config.anchor_weights)
+        assert folders.setdefault(config.out, fixed) == fixed
 
 
 def test_plan__an_ablation_of_the_codec_goes_on_from_the_whole_one_s_backbone(arguments: argparse.Namespace):

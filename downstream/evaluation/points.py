@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 from torch import nn
 
 from cluster.recipes import load_config
@@ -218,8 +218,7 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     if loaded is not None and config.codec is not None and base.codec is not None:
         _check_head(run, config.codec, loaded, FeatureCodec.from_pretrained(base.codec))
     # Another model's latents have one rate, whatever the codec beside it has.
-    given = dict(option.split("=", 1) for option in config.options if "=" in option)
-    latents = given.get("latents", getattr(base, "latents", "codec"))
+    latents = OmegaConf.from_dotlist(config.options).get("latents") or getattr(base, "latents", "codec")
     if loaded is not None and loaded.config.rate_points > 1 and latents == "codec":
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from downstream.tasks.anchor import weights_path
+
 DONE = "done"  # in the folder of a sweep that has all its points
 LATENTS = "latents of pixels"  # what tables call the latents of a study's pixel codec
 PIXEL_CODEC_EPOCHS = 200
@@ -224,7 +226,7 @@ def pixel_codec_steps(study: Study, arguments: argparse.Namespace) -> Iterator[S
     """A model of CompressAI's trained on the study's images; gates over its latent beside what it decodes."""
     model, _, quality = study.pixel_codec.partition(":")
     run = arguments.out / study.name / "anchors" / f"{model}-{quality}"
-    weights = run.with_name(f"{run.name}.safetensors")
+    weights = weights_path(run)
     yield Step(
         f"{study.name}: {model}",
         ["anchors", "train", model, f"data={shards_of(study, arguments)}", f"run={run}", f"quality={quality}",
@@ -232,7 +234,7 @@ def pixel_codec_steps(study: Study, arguments: argparse.Namespace) -> Iterator[S
          f"epochs={max(1, round(PIXEL_CODEC_EPOCHS * arguments.scale))}"],
         weights,
     )  # fmt: skip
-    out = place_of(study, arguments, "whole", 0) / f"sweep_{study.task}"
+    out = place_of(study, arguments, "whole", 0) / "sweep_latents"  # its options are not those of the study's sweep
     latents = [f"latents={model}", f"latents_quality={quality}", f"latents_weights={weights}"]
     yield Step(
         f"{study.name}: latents of {model}, sweep",
@@ -240,7 +242,7 @@ def pixel_codec_steps(study: Study, arguments: argparse.Namespace) -> Iterator[S
          f"epochs={max(1, round(study.adapt_epochs * arguments.scale))}", f"parallel={arguments.parallel}",
          f"anchors={study.pixel_codec}", f"anchor_weights={run.parent}", f"gates={study.gates}",
          f"options=[{','.join(latents)}]"],
-        out / f"{DONE}_latents",
+        out / DONE,
     )  # fmt: skip
 
 
