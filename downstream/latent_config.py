@@ -25,7 +25,7 @@ class LatentConfig(FinetuneConfig):
     num_channels: int = 32  # gate=variance: how many are kept
     channels: str | None = None  # gate=static: file that `dicm select-channels` wrote
     chosen: list[int] = field(default_factory=list)  # what that file says
-    transform: str = "deconv"
+    transform: str = "deconv"  # or res; or synthesis, which begins as the codec's own
     feature_weight: float = 1.0  # of MSE(F, F_gt)
 
     @property
@@ -44,6 +44,11 @@ class LatentConfig(FinetuneConfig):
             raise TaskError(f"gate={self.gate} is unknown; use one of {', '.join(GATES)}")
         if self.transform not in TRANSFORMS:
             raise TaskError(f"transform={self.transform} is unknown; use one of {', '.join(TRANSFORMS)}")
+        if self.transform == "synthesis" and self.latents != "codec":
+            raise TaskError(
+                f"transform=synthesis with latents={self.latents} is impossible; it is the codec's own, "
+                "use deconv or res"
+            )
         if self.latents == "codec" and self.codec is None:
             raise TaskError("latents=codec needs a codec: codec=DIR; or name a model of CompressAI's: latents=NAME")
         if (self.gate == "static") != (self.channels is not None or bool(self.chosen)):

@@ -42,7 +42,7 @@ FREE = {
     "workers", "launcher", "precision", "num_workers", "cache_folder", "shard_cache", "shard_cache_limit", "log_every",
     "checkpoint_every", "keep_checkpoints", "teacher", "num_channels", "channels", "chosen", "transform",
     "backbone", "start", "val_split", "drop_at", "classes", "fpn_channels", "hidden", "anchors", "proposals", "rois",
-    "voc07", "label_smoothing", "gate", "feature_weight",
+    "voc07", "label_smoothing", "gate", "feature_weight", "train_decoder",
 }  # fmt: skip
 
 

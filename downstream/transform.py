@@ -3,7 +3,11 @@
     deconv   5x5 /2 up -> BN, ReLU -> 5x5 /2 up
     res      3x3 -> BN -> residual -> 3x3, PixelShuffle -> residual -> residual -> 3x3, PixelShuffle
 
-Both begin with one convolution over the latent. Where only some channels were sent, that convolution runs over these
+and one for latents of the feature codec, which has learned without labels already to give f3 of them:
+
+    synthesis    the codec's g_s, a copy to go on with
+
+All begin with one convolution over the latent. Where only some channels were sent, that convolution runs over these
 alone, with their part of its weights.
 
 Source: Liu, Sun, Katto 2022, section 2.3 and Fig. 4 (`deconv` after Ballé et al. 2018, `res` after Cheng et al. 2020).
@@ -13,6 +17,7 @@ that of a ResNet-50.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -20,8 +25,9 @@ from compressai.layers import ResidualBlock, subpel_conv3x3
 from torch import Tensor, nn
 
 from downstream.errors import TaskError
+from pretrain.codec.transforms import SynthesisTransform
 
-TRANSFORMS = ("deconv", "res")
+TRANSFORMS = ("deconv", "res", "synthesis")
 WIDTH = 128
 
 
@@ -30,16 +36,35 @@ class LatentTransform(nn.Module):
 
     Args:
         kind: one of `TRANSFORMS` (TaskError otherwise).
-        width: channels between the two steps of upsampling.
+        width: channels between the two steps of upsampling; of `synthesis` they are the codec's.
+        synthesis: the codec's, of in_channels and out_channels.
     """
 
-    def __init__(self, kind: str, in_channels: int, out_channels: int, width: int = WIDTH):
+    def __init__(
+        self,
+        kind: str,
+        in_channels: int,
+        out_channels: int,
+        width: int = WIDTH,
+        synthesis: SynthesisTransform | None = None,
+    ):
         super().__init__()
         if kind not in TRANSFORMS:
             raise TaskError(f"transform={kind} is unknown; use one of {', '.join(TRANSFORMS)}")
         self.first: nn.Conv2d | nn.ConvTranspose2d
         # Latents of codecs differ in their scale by orders of magnitude; one normalisation lets one learning rate fit.
-        if kind == "deconv":
+        if kind == "synthesis":
+            if synthesis is None:
+                raise TaskError("transform=synthesis is the codec's own; it needs latents=codec")
+            own = copy.deepcopy(synthesis).requires_grad_(True)
+            given = own.convolutions[-1].out_channels
+            if given != out_channels:
+                raise TaskError(
+                    f"transform=synthesis gives {given} channels, the network reads {out_channels}; leave backbone "
+                    "out, which makes it the codec's, or use transform=deconv"
+                )
+            self.first, self.body = own.convolutions[0], nn.Sequential(*list(own)[1:])
+        elif kind == "deconv":
             self.first = _up(in_channels, width)
             self.body = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(inplace=True), _up(width, out_channels))
         else:

@@ -53,6 +53,7 @@ class SweepConfig:
     epochs: int = 5  # protocol adapted
     options: list[str] = field(default_factory=list)  # further options of every adapted run: lr=0.01
     anchor_options: list[str] = field(default_factory=list)  # and of those on pixels: train_head=true,cache=bitstreams
+    stream_options: list[str] = field(default_factory=list)  # and of those on streams: train_decoder=true
     against: str = "hevc"  # the anchor that BD-rates are relative to
     parallel: int = 1  # points at a time; they share the cores, or the GPU
 
@@ -70,7 +71,7 @@ class SweepConfig:
             raise TaskError(
                 f"label={self.label} is impossible; use letters, digits, spaces and ._+-, and not the name of an anchor"
             )
-        for key in ("options", "anchor_options"):
+        for key in ("options", "anchor_options", "stream_options"):
             for option in getattr(self, key):
                 if option.partition("=")[0] in OWN_OPTIONS:
                     raise TaskError(f"{key}={option} is impossible; every point of a sweep has its own, leave it out")
@@ -218,7 +219,8 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     if loaded is not None and config.codec is not None and base.codec is not None:
         _check_head(run, config.codec, loaded, FeatureCodec.from_pretrained(base.codec))
     # Another model's latents have one rate, whatever the codec beside it has.
-    latents = OmegaConf.from_dotlist(config.options).get("latents") or getattr(base, "latents", "codec")
+    further = OmegaConf.from_dotlist([*config.options, *config.stream_options])
+    latents = further.get("latents") or getattr(base, "latents", "codec")
     if loaded is not None and loaded.config.rate_points > 1 and latents == "codec":
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:

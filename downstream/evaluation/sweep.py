@@ -115,7 +115,7 @@ def _check_done(config: SweepConfig, points: list[Point], out: Path) -> None:
     path = out / OPTIONS
     if not path.is_file() or not any((out / POINTS).glob(f"*/*/{COSTS}")):
         return
-    keys = {"task", "epochs", "options", "anchor_options", "anchor_weights"}
+    keys = {"task", "epochs", "options", "anchor_options", "stream_options", "anchor_weights"}
     before = load_saved(SweepConfig, path)
     differences = [item for item in config_diff(before, config) if item.key.partition(".")[0] in keys]
     if differences:
@@ -238,7 +238,7 @@ def point_config(config: SweepConfig, point: Point, folder: Path, chosen: bool =
         "checkpoints": None, "cache_folder": None,
         "init": None if any(option.startswith("gate=") for option in options) else point.run,
     }  # fmt: skip
-    further = [*config.options, *(config.anchor_options if "input=pixels" in options else [])]
+    further = [*config.options, *(config.anchor_options if "input=pixels" in options else config.stream_options)]
     return change_config(replace(base, **own), [*options, *(further if adapted else [])])
 
 

@@ -45,7 +45,7 @@ from downstream.frozen import PixelInput, RateMeter, features_of
 from downstream.grouping import in_groups
 from downstream.latent_config import LatentConfig
 from downstream.stream_cache import STREAM, StreamDataset
-from downstream.tasks.latent_input import LatentInput, gate_of
+from downstream.tasks.latent_input import LatentInput, gate_of, synthesis_of
 from downstream.tasks.latent_task import LatentTask, num_channels
 from downstream.tasks.rcnn import COARSEST, NUM_LEVELS, Detector, GatedDetector
 from downstream.tasks.task import Found, settle_statistics, shard_cache_of, survey_splits
@@ -126,7 +126,8 @@ class Detection(LatentTask[DetectionConfig, list[Example]]):
         )  # fmt: skip
         if config.gate is None:
             return detector
-        front = LatentInput(gate_of(config, self.source.channels), config.transform, self.backbone.channels)
+        gate, synthesis = gate_of(config, self.source.channels), synthesis_of(config, self.codec)
+        front = LatentInput(gate, config.transform, self.backbone.channels, synthesis)
         return GatedDetector(front, detector)
 
     def begin(self) -> None:

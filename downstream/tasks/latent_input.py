@@ -21,6 +21,7 @@ from downstream.latent_config import LatentConfig
 from downstream.latents import FeatureLatents, LatentCodec, Received
 from downstream.transform import LatentTransform
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.transforms import SynthesisTransform
 
 
 def create_latent_codec(
@@ -32,6 +33,11 @@ def create_latent_codec(
         return FeatureLatents(codec, device, rate)
     model = load_model(options.latents, options.latents_quality, options.latents_weights, options.latents_metric)
     return create_latents(model, device)
+
+
+def synthesis_of(options: LatentConfig, codec: FeatureCodec | None) -> SynthesisTransform | None:
+    """The codec's synthesis transform, where its latents are read."""
+    return codec.g_s if codec is not None and options.latents == "codec" else None
 
 
 def gate_of(options: LatentConfig, channels: int) -> Gate:
@@ -56,12 +62,16 @@ class LatentInput(nn.Module):
         gate: over the latent's channels.
         kind: of the transform.
         out_channels: C1, of F.
+        synthesis: the codec's, for the kind of that name.
     """
 
-    def __init__(self, gate: Gate, kind: str, out_channels: int):
+    def __init__(self, gate: Gate, kind: str, out_channels: int, synthesis: SynthesisTransform | None = None):
         super().__init__()
         self.gate = gate
-        self.transform = LatentTransform(kind, gate.num_inputs, out_channels)
+        # What was trained on all channels has inputs for all; a new transform has those of a static gate alone.
+        self.reads_all = kind == "synthesis" or not isinstance(gate, StaticGate)
+        in_channels = gate.channels if self.reads_all else gate.num_inputs
+        self.transform = LatentTransform(kind, in_channels, out_channels, synthesis=synthesis)
 
     def forward(self, y_hat: Tensor, height: int, width: int) -> Tensor:
         """F (N, C1, ceil(height/4), ceil(width/4)) of images' y_hat (N, C, h, w), all channels.
@@ -69,7 +79,12 @@ class LatentInput(nn.Module):
         Args:
             height, width: of the images, pixels.
         """
-        return cut(self.transform(self.gate(y_hat)), height, width)
+        return cut(self.transform(self.gate(y_hat), self._listed), height, width)
+
+    @property
+    def _listed(self) -> Sequence[int] | None:
+        """The channels that a static gate passes on, for a transform with inputs for all."""
+        return self.gate.choice if self.reads_all and isinstance(self.gate, StaticGate) else None
 
     def from_base(self, received: Received) -> Tensor:
         """F (1, C1, ...) of what a stream's base gave; only its channels are computed with.
@@ -88,7 +103,7 @@ class LatentInput(nn.Module):
                     f"stream carries {_shown(received.channels)}, this network reads {_shown(self.gate.choice)}; "
                     "encode with the channels that it was trained on"
                 )
-            channels = None  # its transform has no other inputs than these
+            channels = self._listed
         features = self.transform(received.latents, channels)
         return cut(features, received.height, received.width)
 

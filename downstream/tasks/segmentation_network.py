@@ -15,6 +15,7 @@ from downstream.gate import Gate
 from downstream.latents import Received
 from downstream.tasks.deeplab import DeepLab, SegmentationTail, enlarge
 from downstream.tasks.latent_input import LatentInput
+from pretrain.codec.transforms import SynthesisTransform
 
 
 class SegmentationNetwork(nn.Module):
@@ -24,11 +25,12 @@ class SegmentationNetwork(nn.Module):
         gate: over the latent's channels.
         kind: of the transform.
         deeplab: whose tail, behind F, becomes the student's.
+        synthesis: the codec's, as of `LatentInput`.
     """
 
-    def __init__(self, gate: Gate, kind: str, deeplab: DeepLab):
+    def __init__(self, gate: Gate, kind: str, deeplab: DeepLab, synthesis: SynthesisTransform | None = None):
         super().__init__()
-        self.input = LatentInput(gate, kind, deeplab.channels)
+        self.input = LatentInput(gate, kind, deeplab.channels, synthesis)
         self.tail: SegmentationTail = deeplab.tail
 
     def forward(self, y_hat: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ from downstream.files import write_file
 from downstream.frozen import RateMeter, pixel_input
 from downstream.stream_cache import STREAM, StreamDataset
 from downstream.tasks.deeplab import DeepLab, load_deeplab
-from downstream.tasks.latent_input import LatentInput, feature_distance, gate_of
+from downstream.tasks.latent_input import LatentInput, feature_distance, gate_of, synthesis_of
 from downstream.tasks.latent_task import LatentTask, num_channels
 from downstream.tasks.segmentation_config import SegmentationConfig
 from downstream.tasks.segmentation_network import SegmentationNetwork, segmentation_loss
@@ -122,10 +122,10 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
         deeplab = self._new_deeplab()
         if self.stage in ("teacher", "pixels"):
             return deeplab
-        gate = gate_of(self.config, self.source.channels)
+        gate, synthesis = gate_of(self.config, self.source.channels), synthesis_of(self.config, self.codec)
         if self.stage == "transform":
-            return LatentInput(gate, self.config.transform, deeplab.channels)
-        return SegmentationNetwork(gate, self.config.transform, deeplab)
+            return LatentInput(gate, self.config.transform, deeplab.channels, synthesis)
+        return SegmentationNetwork(gate, self.config.transform, deeplab, synthesis)
 
     def _new_deeplab(self) -> DeepLab:
         assert self.config.backbone is not None

@@ -200,6 +200,7 @@ def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path
         (["runs=a", "label=hevc"], "label=hevc"),
         (["runs=a", "options=run=b"], "options=run=b"),
         (["runs=a", "anchor_options=[epochs=3]"], "anchor_options=epochs=3"),
+        (["runs=a", "stream_options=[rate=0]"], "stream_options=rate=0"),
     ],
 )
 def test_resolve__bad_options_are_named(options: list[str], message: str):
@@ -230,3 +231,36 @@ def test_train_head__trains_stem_and_layer1_of_a_copy(
     assert results["top1"] > 0.5
     with pytest.raises(TaskError, match="train_head=true with input=streams"):
         finetune.resolve("classification", options(codec_folder, colours, tmp_path / "other", "train_head=true"))
+
+
+def test_train_decoder__learns_to_decode_the_same_streams(
+    clean: Path, codec_folder: Path, colours: Path, tmp_path: Path, options: Callable[..., list[str]]
+):
+    """A sweep's stream_options say it of streams alone; the cache of streams serves it."""
+    out = tmp_path / "sweep"
+    given = [f"runs={clean}", f"out={out}", "anchors=jpeg:5", "epochs=2", "options=lr=0.01",
+             "stream_options=[train_decoder=true,cache=bitstreams,cache_views=1]"]  # fmt: skip
+    rows = {row["codec"]: row for row in sweep(resolve("classification", [*given, "protocols=adapted"]))}
+    (frozen,) = sweep(resolve("classification", [f"runs={clean}", f"out={tmp_path / 'frozen'}", "protocols=frozen"]))
+    assert rows["dicm"]["bpp"] == frozen["bpp"]
+    assert rows["dicm"]["decode_macs"] == pytest.approx(frozen["decode_macs"], rel=1e-3)
+    run = out / "points" / "clean" / "dicm-adapted"
+    codec, weights = FeatureCodec.from_pretrained(codec_folder), trained_weights(run)
+    decoder = {name.removeprefix("front.g_s."): tensor for name, tensor in weights.items() if "front." in name}
+    assert decoder.keys() == codec.g_s.state_dict().keys()
+    assert not any(tensor.equal(decoder[name]) for name, tensor in codec.g_s.state_dict().items() if "weight" in name)
+    assert not load_run(out / "points" / "clean" / "jpeg-5-adapted").train_decoder  # type: ignore[attr-defined]
+
+
+def test_train_decoder__begins_with_the_codecs_features(
+    clean: Path, codec_folder: Path, colours: Path, tmp_path: Path, options: Callable[..., list[str]]
+):
+    results = []
+    for name, further in (("latents", ["train_decoder=true"]), ("features", [])):
+        given = options(codec_folder, colours, tmp_path / name, f"init={clean}", "epochs=0", *further)
+        results.append(finetune.run(finetune.resolve("classification", given)))
+    for key in ("top1", "top5", "bpp", "bpp_payload"):
+        assert results[0][key] == results[1][key]
+    bad = options(codec_folder, colours, tmp_path / "other", "train_decoder=true", "input=pixels")
+    with pytest.raises(TaskError, match="train_decoder=true with input=pixels"):
+        finetune.resolve("classification", bad)

@@ -45,9 +45,9 @@ def teacher() -> DeepLab:
     return DeepLab("resnet18", 5).eval().requires_grad_(False)
 
 
-def network_of(gate: Gate, kind: str, teacher: DeepLab) -> SegmentationNetwork:
+def network_of(gate: Gate, kind: str, teacher: DeepLab, latents: FeatureLatents) -> SegmentationNetwork:
     """A student whose tail is the teacher's, as it is when training begins."""
-    return SegmentationNetwork(gate, kind, copy.deepcopy(teacher).requires_grad_(True))
+    return SegmentationNetwork(gate, kind, copy.deepcopy(teacher).requires_grad_(True), latents.codec.g_s)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
@@ -55,7 +55,7 @@ def network_of(gate: Gate, kind: str, teacher: DeepLab) -> SegmentationNetwork:
 def test_network__of_a_stream_is_that_of_training(gate: str, kind: str, latents: FeatureLatents, teacher: DeepLab):
     """The logits that a receiver computes from the base alone are those of the gated latent."""
     torch.manual_seed(0)
-    network = network_of(create_gate(gate, 32, GATE_CHOICES[gate]), kind, teacher).eval()
+    network = network_of(create_gate(gate, 32, GATE_CHOICES[gate]), kind, teacher, latents).eval()
     image = random_images(1, 70, 100)[0]
     with torch.no_grad():
         logits, features = network(latents.latents(image[None]), 70, 100)
@@ -69,17 +69,18 @@ def test_network__of_a_stream_is_that_of_training(gate: str, kind: str, latents:
 
 
 def test_network__refuses_a_stream_of_other_channels(latents: FeatureLatents, teacher: DeepLab):
-    network = network_of(create_gate("static", 32, [1, 2, 3]), "deconv", teacher).eval()
+    network = network_of(create_gate("static", 32, [1, 2, 3]), "deconv", teacher, latents).eval()
     received = latents.receive(latents.encode(random_images(1, 64, 64)[0], [1, 2]))
     with pytest.raises(TaskError, match=r"carries 2 channels \(1, 2\), this network reads 3 channels \(1, 2, 3\)"):
         network.from_base(received)
 
 
+@pytest.mark.parametrize("kind", TRANSFORMS)
 def test_network__trains_gate_transform_and_tail_and_leaves_codec_and_teacher(
-    latents: FeatureLatents, teacher: DeepLab
+    kind: str, latents: FeatureLatents, teacher: DeepLab
 ):
     torch.manual_seed(0)
-    network = network_of(create_gate("dynamic", 32), "deconv", teacher).train()
+    network = network_of(create_gate("dynamic", 32), kind, teacher, latents).train()
     frozen = {**latents.codec.state_dict(), **{f"teacher.{k}": v for k, v in teacher.state_dict().items()}}
     before = {name: tensor.clone() for name, tensor in frozen.items()}
     images = random_images(2, 64, 64)
@@ -140,6 +141,7 @@ def test_constant_scores__are_those_of_the_most_frequent_class():
         ({"gate": "soft"}, "gate=soft.*dynamic"),
         ({"transform": "unet"}, "transform=unet.*deconv"),
         ({"codec": None}, "latents=codec needs a codec"),
+        ({"transform": "synthesis", "latents": "mbt2018"}, "transform=synthesis with latents=mbt2018"),
         ({"gate": "static"}, "select-channels"),
         ({"channels": "c.json"}, "gate=dynamic channels=c.json"),
         ({"epochs": 0}, "epochs=0"),
