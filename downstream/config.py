@@ -20,6 +20,11 @@ from pretrain.codec.config import PRECISIONS
 INPUTS = ("streams", "pixels")
 OPTIMIZERS = ("sgd", "adamw", "adam")
 CACHES = ("none", "bitstreams")
+# Options on which no result depends; a run may go on with others.
+FREE_KEYS = {
+    "run", "workers", "launcher", "cluster", "num_workers", "shard_cache", "shard_cache_limit", "log_every",
+    "checkpoint_every", "keep_checkpoints", "keep_every", "micro_batch",
+}  # fmt: skip
 
 
 @dataclass

@@ -166,17 +166,17 @@ class Decoder(nn.Module):
     Streams stay what they are, and so does the codec.
 
     Args:
-        height, width: of all images, pixels.
+        size: height and width of images in training, pixels.
     """
 
-    def __init__(self, codec: FeatureCodec, height: int, width: int):
+    def __init__(self, codec: FeatureCodec, size: tuple[int, int]):
         super().__init__()
         self.g_s = copy.deepcopy(codec.g_s).requires_grad_(True)
-        self.height, self.width = height, width
+        self.size = size
 
-    def forward(self, y_hat: Tensor) -> Tensor:
-        """f3 as the codec decodes it, until it has learned otherwise."""
-        return crop_to(self.g_s(y_hat), self.height, self.width, HEAD_STRIDE)
+    def forward(self, y_hat: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """f3 of images of a size, that of training if None: as the codec decodes it, until it has learned otherwise."""
+        return crop_to(self.g_s(y_hat), *(size or self.size), HEAD_STRIDE)
 
 
 class PixelInput:
@@ -237,11 +237,6 @@ class PixelInput:
         """Features of images (N, 3, H, W) uint8 that were decoded, in float32."""
         with torch.autocast(self.device.type, enabled=False):
             return self.head(normalize(images.to(self.device).float().div(255)))
-
-
-def feature_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width of features of an image."""
-    return -(-height // HEAD_STRIDE), -(-width // HEAD_STRIDE)
 
 
 def _images(pixels: np.ndarray) -> Tensor:

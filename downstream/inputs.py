@@ -42,15 +42,20 @@ def write_inputs(folder: Path, inputs: dict[str, str]) -> None:
     write_file(folder / INPUTS, json.dumps(inputs, indent=2) + "\n")
 
 
-def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
-    """See that a run's inputs, as far as `inputs` tells them, are what they were (TaskError)."""
+def read_inputs(folder: Path) -> dict[str, str]:
+    """What `write_inputs` wrote for a run, nothing where it wrote none (TaskError where that cannot be read)."""
     try:
-        before = dict(json.loads((folder / INPUTS).read_text()))
+        return dict(json.loads((folder / INPUTS).read_text()))
     except FileNotFoundError:
-        return
+        return {}
     except (OSError, ValueError, TypeError) as error:
         raise TaskError(f"{folder / INPUTS}: cannot be read ({error}); use another run folder") from error
-    for key, value in inputs.items():
+
+
+def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """See that a run's inputs, as far as `inputs` tells them, are what they were (TaskError)."""
+    before = read_inputs(folder)
+    for key, value in inputs.items() if before else ():
         if before.get(key) != value:
             raise TaskError(
                 f"{folder}: its {key} is another one now ({str(before.get(key))[:12]} then, {value[:12]} now); put "

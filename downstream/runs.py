@@ -7,17 +7,13 @@ from typing import Any
 
 from cluster.checkpoint import open_checkpoints
 from cluster.recipes import config_diff, load_saved, read_recipe
-from downstream.config import FinetuneConfig
+from downstream.config import FREE_KEYS, FinetuneConfig
 from downstream.errors import TaskError
 from downstream.inputs import check_inputs
 from downstream.results import RESULTS
 from downstream.tasks import task_class
 
 RECIPES = Path(__file__).parent / "recipes"
-FREE_KEYS = {
-    "run", "workers", "launcher", "cluster", "num_workers", "shard_cache", "shard_cache_limit", "log_every",
-    "checkpoint_every", "keep_checkpoints", "keep_every", "micro_batch",
-}  # fmt: skip
 
 
 def check_earlier_run(config: FinetuneConfig, folder: Path, inputs: dict[str, str]) -> None:

@@ -28,7 +28,7 @@ from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.samples import SampleDataset
 from data_pipeline.shards import ShardReader, ShardWriter
-from downstream.config import FinetuneConfig
+from downstream.config import FREE_KEYS, FinetuneConfig
 from downstream.errors import TaskError
 from downstream.latent_config import LatentConfig
 from downstream.tasks.task import Task
@@ -37,12 +37,11 @@ FACTS, PARTS, STREAM = "streams.json", "parts", "dicm"
 PART, MOST_PARTS = 128, 1000  # samples that are encoded at one go, and into how many parts a view falls at most
 LEFTOVER_SECONDS = 3600
 # Options on which no stream depends.
-FREE = {
-    "run", "data", "codec", "epochs", "teacher_epochs", "batch_size", "optimizer", "lr", "weight_decay", "warmup",
-    "workers", "launcher", "precision", "num_workers", "cache_folder", "shard_cache", "shard_cache_limit", "log_every",
-    "checkpoint_every", "keep_checkpoints", "teacher", "num_channels", "channels", "chosen", "transform",
-    "backbone", "start", "val_split", "drop_at", "classes", "fpn_channels", "hidden", "anchors", "proposals", "rois",
-    "voc07", "label_smoothing", "gate", "feature_weight", "train_decoder",
+FREE = FREE_KEYS | {
+    "data", "codec", "init", "epochs", "teacher_epochs", "transform_epochs", "batch_size", "optimizer", "lr",
+    "weight_decay", "warmup", "drop_at", "precision", "cache_folder", "checkpoints", "teacher", "num_channels",
+    "channels", "chosen", "transform", "backbone", "start", "val_split", "classes", "fpn_channels", "hidden", "anchors",
+    "proposals", "rois", "voc07", "label_smoothing", "gate", "feature_weight", "train_decoder", "train_head",
 }  # fmt: skip
 
 
@@ -183,7 +182,7 @@ def _facts(config: FinetuneConfig, inputs: dict[str, str]) -> dict[str, Any]:
     if not gated or options["latents"] == "codec":
         options = {key: value for key, value in options.items() if not key.startswith("latents")}
         options["latents"] = "codec"
-    made_of = {key: value for key, value in inputs.items() if key != "teacher"}
+    made_of = {key: value for key, value in inputs.items() if key not in ("teacher", "init")}
     return json.loads(json.dumps({**options, **{f"{key} (content)": value for key, value in made_of.items()}}))
 
 

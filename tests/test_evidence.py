@@ -55,7 +55,9 @@ def test_plan__sweeps_are_commands_that_dicm_takes(arguments: argparse.Namespace
         config = resolve(task, overrides)
         assert config.label in ("dicm", evidence_plan.LATENTS, *evidence_plan.ABLATIONS)
         # A sweep refuses a folder that holds one with other options than these.
-        fixed = (config.task, config.epochs, config.options, config.anchor_options, config.anchor_weights)
+        fixed = (
+            config.task, config.epochs, config.options, config.anchor_options, config.stream_options, config.anchor_weights,
+        )  # fmt: skip
         assert folders.setdefault(config.out, fixed) == fixed
 
 

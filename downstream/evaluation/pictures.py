@@ -89,10 +89,12 @@ def series_of(row: dict[str, Any], several: bool = False) -> str:
         several: codecs are called by their folders.
     """
     if row["input"] == "streams":
-        gate = f", {row['gate']} gate" if row.get("gate") else ""
+        gate = f", {row['gate']} gate, {row['transform']}" if row.get("gate") else ""
         latents = row.get("latents", "codec") if gate else "codec"
-        return (row["codec"] if several and latents == "codec" else latents) + gate
-    return row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels"
+        own = ", decoder trained" if row.get("train_decoder") else ""
+        return (row["codec"] if several and latents == "codec" else latents) + gate + own
+    own = ", stem and layer1 trained" if row.get("train_head") else ""
+    return (row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels") + own
 
 
 def axes_of(x_label: str, y_label: str, height: float = 3.4) -> tuple[Figure, Any]:

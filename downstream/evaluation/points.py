@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 from torch import nn
 
 from cluster.recipes import load_config
 from downstream.compressai_latents import MODELS
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import AnchorSpec, check_anchor, is_anchor
+from downstream.inputs import read_inputs
 from downstream.latent_config import LatentConfig
 from downstream.results import read_results
 from downstream.runs import load_run
@@ -27,10 +28,14 @@ from pretrain.codec.feature_codec import FeatureCodec
 PROTOCOLS = ("frozen", "adapted")
 DEFAULT_RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
 LABEL = re.compile(r"[A-Za-z0-9][\w .+-]*", re.ASCII)  # also names folders
-# What a point sets itself, or what must be the same for all.
+# What a point sets itself, or what must be the same under both protocols; and what must be so for all codecs.
 OWN_OPTIONS = {
     "task", "data", "codec", "run", "input", "anchor", "anchor_weights", "rate", "init", "epochs", "checkpoints",
-    "gate", "num_channels", "channels",
+    "gate", "num_channels", "channels", "seed", "val_split", "classes",
+}  # fmt: skip
+COMMON_OPTIONS = {
+    "train_split", "image_size", "canvas_size", "short_side", "max_side", "height", "width", "scale_min", "scale_max",
+    "flip",
 }  # fmt: skip
 
 
@@ -73,8 +78,10 @@ class SweepConfig:
             )
         for key in ("options", "anchor_options", "stream_options"):
             for option in getattr(self, key):
-                if option.partition("=")[0] in OWN_OPTIONS:
-                    raise TaskError(f"{key}={option} is impossible; every point of a sweep has its own, leave it out")
+                if (name := option.partition("=")[0]) in OWN_OPTIONS:
+                    raise TaskError(f"{key}={option} is impossible; a sweep or its runs say what it is, leave it out")
+                if name in COMMON_OPTIONS and key != "options":
+                    raise TaskError(f"{key}={option} is impossible; it must be the same for all codecs, use options=")
         for key in ("epochs", "parallel"):
             if getattr(self, key) < 1:
                 raise TaskError(f"{key}={getattr(self, key)} is impossible; it must be at least 1")
@@ -148,7 +155,7 @@ def points_of(config: SweepConfig) -> list[Point]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise TaskError(f"runs has two folders called {twice[0]}; points are filed under these names, rename one")
     bases = {run: _base(config.task, Path(run)) for run in config.runs}
-    _check_seeds(bases)
+    _check_alike(bases)
     points: list[Point] = []
     for run, base in bases.items():
         points += [
@@ -163,16 +170,27 @@ def points_of(config: SweepConfig) -> list[Point]:
     return list({(point.run, point.name): point for point in points}.values())
 
 
-def _check_seeds(bases: dict[str, Any]) -> None:
-    """Refuse (TaskError) runs that differ in their codec and not in their seed: tables average runs as seeds."""
-    first: dict[int, str] = {}
+def _check_alike(bases: dict[str, Any]) -> None:
+    """Refuse (TaskError) runs of one seed, or of different data: tables average runs as seeds."""
+    seeds: dict[int, str] = {}
+    first = next(iter(bases))
     for run, base in bases.items():
-        other = first.setdefault(base.seed, run)
-        if base.codec != bases[other].codec:
+        other = seeds.setdefault(base.seed, run)
+        if other != run:
             raise TaskError(
-                f"runs={other} and {run} have one seed and two codecs, which would be averaged as if they were seeds; "
-                "fine-tune with seeds of their own (seed=1), or sweep each by itself, with a label= of its own"
+                f"runs={other} and {run} have one seed, and would be averaged as if they were two; fine-tune with "
+                "seeds of their own (seed=1), or sweep each by itself, with a label= of its own"
             )
+        if data_of(run) != data_of(first):
+            raise TaskError(
+                f"runs={first} and {run} were trained on different data ({bases[first].data}, {base.data}); sweep "
+                "each by itself, with an out= of its own"
+            )
+
+
+def data_of(run: Path | str) -> str | None:
+    """The data of a run by content."""
+    return read_inputs(Path(run)).get("data")
 
 
 def _base(task: str, run: Path) -> Any:
@@ -219,8 +237,10 @@ def _own_points(config: SweepConfig, run: str, base: Any) -> Iterator[Point]:
     if loaded is not None and config.codec is not None and base.codec is not None:
         _check_head(run, config.codec, loaded, FeatureCodec.from_pretrained(base.codec))
     # Another model's latents have one rate, whatever the codec beside it has.
-    further = OmegaConf.from_dotlist([*config.options, *config.stream_options])
-    latents = further.get("latents") or getattr(base, "latents", "codec")
+    latents = getattr(base, "latents", "codec")
+    for option in (*config.options, *config.stream_options):
+        if option.startswith("latents="):
+            latents = option.removeprefix("latents=")
     if loaded is not None and loaded.config.rate_points > 1 and latents == "codec":
         rates = [*(config.rates or DEFAULT_RATES)]
     elif config.rates:

@@ -44,7 +44,7 @@ from cluster.runtime import on_sigterm
 from downstream import finetune
 from downstream.channels import select_channels
 from downstream.errors import StoppedError, TaskError
-from downstream.evaluation.points import Point, SweepConfig, points_of, run_name
+from downstream.evaluation.points import Point, SweepConfig, data_of, points_of, run_name
 from downstream.files import write_file
 from downstream.results import RESULTS, read_results
 from downstream.runs import load_run
@@ -124,6 +124,10 @@ def _check_done(config: SweepConfig, points: list[Point], out: Path) -> None:
             f"out={out} holds a sweep with other options ({item.key}: {item.before} there, {item.after} here); use "
             "another folder"
         )
+    data = data_of(points[0].run)
+    for path in (out / POINTS).glob(f"*/*/{COSTS}"):
+        if data_of(path.parent) != data:
+            raise TaskError(f"out={out} holds a sweep on other data ({load_run(path.parent).data}); use another folder")
     for point in points:
         if not is_done(out, point):
             continue

@@ -103,13 +103,23 @@ class Classifier(nn.Module):
             self.tail.eval()
         return self
 
-    def pooled(self, f3: Tensor) -> Tensor:
-        """(N, num_features) of f3, before norm and head."""
-        return self.tail(f3 if self.front is None else self.front(f3)).mean(dim=(2, 3))
+    def f3_of(self, received: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """f3 of what is read: f3 itself, or what a front of its own makes of it; a decoder asks for images' size."""
+        if isinstance(self.front, Decoder):
+            return self.front(received, size)
+        return received if self.front is None else self.front(received)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits of f3, or of (N, num_features) that are pooled and normalised already."""
-        return self.head(features if features.ndim == 2 else self.norm(self.pooled(features).float()))
+    def pooled(self, received: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(N, num_features) of what is read, before norm and head."""
+        return self.tail(self.f3_of(received, size)).mean(dim=(2, 3))
+
+    def forward(self, received: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Logits of what is read, or of (N, num_features) that are pooled and normalised already.
+
+        Args:
+            size: height and width of the images, pixels; those of training if None.
+        """
+        return self.head(received if received.ndim == 2 else self.norm(self.pooled(received, size).float()))
 
     def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """Cross-entropy, float32."""
@@ -157,7 +167,7 @@ class Classification(Task[ClassificationConfig, Any]):
             return copy.deepcopy(own).requires_grad_(True)
         if self.config.train_decoder:
             assert self.codec is not None
-            return Decoder(self.codec, self._image_size, self._image_size)
+            return Decoder(self.codec, (self._image_size, self._image_size))
         return None
 
     def make_source(self) -> Any:
@@ -344,7 +354,7 @@ class Classification(Task[ClassificationConfig, Any]):
         """`classes`: the five likeliest, each with `class`, `label` and `score`."""
         self.model.eval()
         with self.autocast():
-            logits = self.model(received)
+            logits = self.model(received, (height, width))
         scores, labels = logits.float().softmax(dim=1)[0].topk(min(NUM_RANKED, logits.shape[1]))
         ranked = zip(labels.tolist(), scores.tolist(), strict=True)
         return {"classes": [{"class": self.config.classes[k], "label": k, "score": score} for k, score in ranked]}
@@ -355,7 +365,7 @@ class Classification(Task[ClassificationConfig, Any]):
         if self.config.train_decoder:
             self.model.eval()
             with self.autocast():
-                received = self.model.front(received).float()  # type: ignore[misc]
+                received = self.model.f3_of(received, (height, width)).float()
         return super().picture(received, height, width)
 
     def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:

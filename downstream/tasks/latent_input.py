@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from downstream.compressai_latents import create_latents, load_model
 from downstream.errors import TaskError
-from downstream.frozen import feature_size
 from downstream.gate import Gate, StaticGate, create_gate
+from downstream.grouping import in_groups, pad_features
 from downstream.latent_config import LatentConfig
 from downstream.latents import FeatureLatents, LatentCodec, Received
 from downstream.transform import LatentTransform
+from pretrain.codec.backbone import HEAD_STRIDE, crop_to
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.transforms import SynthesisTransform
 
@@ -67,7 +68,7 @@ class LatentInput(nn.Module):
 
     def __init__(self, gate: Gate, kind: str, out_channels: int, synthesis: SynthesisTransform | None = None):
         super().__init__()
-        self.gate = gate
+        self.gate, self.kind = gate, kind
         # What was trained on all channels has inputs for all; a new transform has those of a static gate alone.
         self.reads_all = kind == "synthesis" or not isinstance(gate, StaticGate)
         in_channels = gate.channels if self.reads_all else gate.num_inputs
@@ -79,7 +80,20 @@ class LatentInput(nn.Module):
         Args:
             height, width: of the images, pixels.
         """
-        return cut(self.transform(self.gate(y_hat), self._listed), height, width)
+        return crop_to(self.transform(self.gate(y_hat), self._listed), height, width, HEAD_STRIDE)
+
+    def of_many(self, y_hats: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """F (C1, ceil(height/4), ceil(width/4)) of latents (C, h, w) of images of any sizes."""
+        if self.kind == "synthesis":  # it has a filter that reaches over all of a picture, and would reach its padding
+            return in_groups(
+                list(zip(y_hats, sizes, strict=True)),
+                lambda item: item[1],
+                lambda group: list(self(torch.stack([y_hat for y_hat, _ in group]), *group[0][1])),
+            )
+        # Batch norms want the batch as one. Each image's own gate decides before the padding, which it would take for
+        # content.
+        features = self.transform(pad_features([self.gate(y_hat[None])[0] for y_hat in y_hats]))
+        return [crop_to(one, *size, HEAD_STRIDE) for one, size in zip(features, sizes, strict=True)]
 
     @property
     def _listed(self) -> Sequence[int] | None:
@@ -105,13 +119,7 @@ class LatentInput(nn.Module):
                 )
             channels = self._listed
         features = self.transform(received.latents, channels)
-        return cut(features, received.height, received.width)
-
-
-def cut(features: Tensor, height: int, width: int) -> Tensor:
-    """Features (..., h, w) without what belongs to the padding of an image of height x width pixels."""
-    rows, columns = feature_size(height, width)
-    return features[..., :rows, :columns]
+        return crop_to(features, received.height, received.width, HEAD_STRIDE)
 
 
 def feature_distance(features: Tensor, target: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -28,9 +27,10 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from downstream.grouping import pad_features
 from downstream.latents import Received
-from downstream.tasks.latent_input import LatentInput, cut, feature_distance
-from pretrain.codec.backbone import HEAD_STRIDE, Backbone, multiple_of
+from downstream.tasks.latent_input import LatentInput, feature_distance
+from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 
 NUM_LEVELS = 5  # P2 to P6
 LEVELS = ("c2", "c3", "c4", "c5")
@@ -125,7 +125,7 @@ class Detector(nn.Module):
             In training, losses by name. Else for each image `boxes` (K, 4), `labels` (K,) from 0, `scores` (K,) and,
             for masks, `masks` (K, H, W) bool.
         """
-        batch = pad_features(features)
+        batch = pad_features(features, COARSEST // HEAD_STRIDE)
         pyramid = self.pyramid(batch)
         # Boxes are computed in float32: bfloat16 has no pixels beyond 256.
         with torch.autocast(batch.device.type, enabled=False):
@@ -177,10 +177,7 @@ class GatedDetector(nn.Module):
             sizes, targets: as for `Detector`.
             guides: (C1, ceil(H/4), ceil(W/4)) of each image, which F is compared with.
         """
-        # Each image's own gate decides before any padding, which it would take for content.
-        gated = [self.front.gate(y_hat[None])[0] for y_hat in y_hats]
-        transformed = self.front.transform(pad_features(gated, 1))
-        features = [cut(one, *size) for one, size in zip(transformed, sizes, strict=True)]
+        features = self.front.of_many(y_hats, sizes)
         losses: dict[str, Tensor] = self.detector(features, sizes, targets)
         if guides is None:
             return losses
@@ -192,13 +189,6 @@ class GatedDetector(nn.Module):
         features = self.front.from_base(received)
         (found,) = self.detector(list(features), [(received.height, received.width)])
         return found
-
-
-def pad_features(features: Sequence[Tensor], step: int = COARSEST // HEAD_STRIDE) -> Tensor:
-    """(N, C, h, w): features of any sizes, padded with zeros to the largest, in multiples of `step`: P6's cells."""
-    height, width = (multiple_of(max(one.shape[axis] for one in features), step) for axis in (-2, -1))
-    padded = [F.pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2])) for one in features]
-    return torch.stack(padded).contiguous(memory_format=torch.channels_last)
 
 
 def _roi_pool(side: int) -> MultiScaleRoIAlign:

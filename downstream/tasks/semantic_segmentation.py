@@ -107,6 +107,11 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
                 f"backbone={config.backbone} is not the codec's, {codec.config.backbone}, whose weights it should "
                 "start from; leave it out, or set start=random"
             )
+        if config.transform == "synthesis" and codec is not None and config.backbone != codec.config.backbone:
+            raise TaskError(
+                f"transform=synthesis gives features of the codec's backbone, {codec.config.backbone}, which "
+                f"backbone={config.backbone} cannot read; leave it out, or use transform=deconv"
+            )
         if config.teacher is not None:
             load_deeplab(Path(config.teacher), config.backbone, len(config.classes))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.codec.config import validate_backbone
+from pretrain.codec.small_planes import use_products
 from pretrain.errors import CodecError
 
 HEAD_STRIDE = 4
@@ -43,6 +44,7 @@ class Backbone(nn.Module):
         self.stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.act1, resnet.maxpool)
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+        use_products(self.layer4)
         levels = resnet.feature_info[-4:]
         channels, strides = [level["num_chs"] for level in levels], [level["reduction"] for level in levels]
         if strides != [4, 8, 16, 32]:

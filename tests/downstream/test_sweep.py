@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_codecs import random_images
 from typer.testing import CliRunner
 
 from cluster.errors import RecipeError
@@ -18,6 +19,7 @@ from downstream.cli import app
 from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import points_of, resolve, run_name
 from downstream.evaluation.sweep import COLUMNS, point_config, sweep
+from downstream.frozen import Decoder, FrozenCodec, FrozenLatents
 from downstream.results import read_results
 from downstream.runs import load_run, trained_weights
 from pretrain.codec.feature_codec import FeatureCodec
@@ -164,13 +166,20 @@ def test_points_of__each_point_once(clean: Path, monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_points_of__runs_with_two_codecs_and_one_seed_are_no_seeds(clean: Path, tmp_path: Path):
+def test_points_of__runs_of_one_seed_or_of_different_data_are_no_seeds(clean: Path, swept: Path, tmp_path: Path):
     other = shutil.copytree(clean, tmp_path / "other")
-    options = (other / "config.yaml").read_text()
-    codec = str(load_run(clean).codec)
-    (other / "config.yaml").write_text(options.replace(f"codec: {codec}\n", f"codec: {tmp_path}\n"))
-    with pytest.raises(TaskError, match=r"one seed and two codecs.*label="):
-        points_of(resolve("classification", [f"runs={clean},{other}"]))
+    both = [f"runs={clean},{other}", "protocols=frozen"]
+    with pytest.raises(TaskError, match=r"clean and .*other have one seed.*label="):
+        points_of(resolve("classification", both))
+    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("seed: 0\n", "seed: 1\n"))
+    assert {point.run for point in points_of(resolve("classification", both))} == {str(clean), str(other)}
+    inputs = json.loads((other / "inputs.json").read_text())
+    (other / "inputs.json").write_text(json.dumps({**inputs, "data": "0" * 64}))
+    with pytest.raises(TaskError, match=r"clean and .*other were trained on different data"):
+        points_of(resolve("classification", both))
+    given = [f"runs={other}", f"out={swept}", "epochs=1", "options=lr=0.01"]
+    with pytest.raises(TaskError, match=r"holds a sweep on other data \(.*colours\)"):
+        sweep(resolve("classification", given))
 
 
 def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path, codec_folder: Path, tmp_path: Path):
@@ -201,6 +210,7 @@ def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path
         (["runs=a", "options=run=b"], "options=run=b"),
         (["runs=a", "anchor_options=[epochs=3]"], "anchor_options=epochs=3"),
         (["runs=a", "stream_options=[rate=0]"], "stream_options=rate=0"),
+        (["runs=a", "anchor_options=[image_size=96]"], "anchor_options=image_size=96 .*the same for all codecs"),
     ],
 )
 def test_resolve__bad_options_are_named(options: list[str], message: str):
@@ -259,8 +269,14 @@ def test_train_decoder__begins_with_the_codecs_features(
     for name, further in (("latents", ["train_decoder=true"]), ("features", [])):
         given = options(codec_folder, colours, tmp_path / name, f"init={clean}", "epochs=0", *further)
         results.append(finetune.run(finetune.resolve("classification", given)))
-    for key in ("top1", "top5", "bpp", "bpp_payload"):
+    for key in ("top1", "bpp", "bpp_payload"):
         assert results[0][key] == results[1][key]
+    codec, images = FeatureCodec.from_pretrained(codec_folder), random_images(2, 72, 90)
+    source, decoder = FrozenLatents(codec, torch.device("cpu")), Decoder(codec, (72, 90))
+    with torch.no_grad():  # at a size that is padded, too, and at another one than that of training
+        assert torch.equal(decoder(source.through_streams(images)[0]), codec.decode_batch(codec.encode_batch(images)))
+        assert torch.allclose(decoder(source.features(images)), FrozenCodec(codec, codec.device).features(images))
+        assert decoder(source.decode(codec.encode(images[0, :, :40]))[0], (40, 90)).shape[2:] == (10, 23)
     bad = options(codec_folder, colours, tmp_path / "other", "train_decoder=true", "input=pixels")
     with pytest.raises(TaskError, match="train_decoder=true with input=pixels"):
         finetune.resolve("classification", bad)

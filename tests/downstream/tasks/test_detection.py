@@ -84,9 +84,12 @@ def test_run__pixels_of_another_codec(codec: Path, data: Path, tmp_path: Path):
 GATES = {"dynamic": [], "variance": ["num_channels=5"], "none": []}
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_run__behind_a_gate_reads_chosen_channels_of_the_latent(gate: str, codec: Path, data: Path, tmp_path: Path):
-    results = fine_tune("detection", codec, data, tmp_path / "run", f"gate={gate}", "epochs=2", *GATES[gate])
+@pytest.mark.parametrize(("gate", "transform"), [*((gate, "deconv") for gate in GATES), ("variance", "synthesis")])
+def test_run__behind_a_gate_reads_chosen_channels_of_the_latent(
+    gate: str, transform: str, codec: Path, data: Path, tmp_path: Path
+):
+    options = [f"gate={gate}", f"transform={transform}", "epochs=2", *GATES[gate]]
+    results = fine_tune("detection", codec, data, tmp_path / "run", *options)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["feature_mse"] < rows[0]["feature_mse"]  # F becomes what the backbone's head gives
     channels = {"dynamic": results["channels"], "variance": 5, "none": 32}[gate]

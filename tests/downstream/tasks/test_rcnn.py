@@ -6,8 +6,9 @@ import pytest
 import torch
 from torchvision.models.detection import MaskRCNN
 
-from downstream.tasks.rcnn import COARSEST, Detector, pad_features
-from pretrain.codec.backbone import Backbone
+from downstream.grouping import pad_features
+from downstream.tasks.rcnn import COARSEST, Detector
+from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 
 SIZES = [(64, 64), (70, 130), (16, 37)]  # height, width
 BOX = torch.tensor([[2.0, 3.0, 14.0, 15.0]])
@@ -45,7 +46,7 @@ def targets(sizes: list[tuple[int, int]], empty: bool = False) -> list[dict[str,
 
 def test_pad_features__to_whole_cells_of_the_coarsest_level_with_nothing_moved(backbone: Backbone):
     maps = features(backbone, SIZES)
-    padded = pad_features(maps)
+    padded = pad_features(maps, COARSEST // HEAD_STRIDE)
     assert padded.shape == (3, backbone.channels, 32, 48)
     assert all(side * 4 % COARSEST == 0 for side in padded.shape[-2:])
     for one, batch in zip(maps, padded, strict=True):
@@ -75,7 +76,7 @@ def test_detector__is_torchvisions_mask_rcnn_but_for_the_way_to_features(backbon
         out_channels = 16
 
         def forward(self, images: torch.Tensor) -> OrderedDict:
-            return model.pyramid(pad_features(f3))
+            return model.pyramid(pad_features(f3, COARSEST // HEAD_STRIDE))
 
     whole = MaskRCNN(Given(), 4, min_size=128, max_size=192, image_mean=[0, 0, 0], image_std=[1, 1, 1]).eval()
     whole.rpn, whole.roi_heads = model.rpn, model.roi_heads
