@@ -48,7 +48,7 @@ from downstream.tasks.task import Found, average_buffers
 ENCODING_LOG_SECONDS = 15.0
 FACTS = (
     "task", "codec", "data", "val_split", "input", "anchor", "rate", "classes", "probe", "image_size", "latents",
-    "gate", "transform", "train_head", "train_decoder",
+    "gate", "transform", "train_head",
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ trained, so it is in no optimizer, no checkpoint and no DDP broadcast.
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -14,14 +13,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster.runtime import Runtime
 from data_pipeline.views import normalize
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import Anchor, create_anchor, through
 from downstream.grouping import in_groups
-from pretrain.codec.backbone import HEAD_STRIDE, crop_to
 from pretrain.codec.feature_codec import FeatureCodec
 
 
@@ -113,13 +111,13 @@ class FrozenCodec:
         In float32 under any autocast: in bf16 a share of the latents would round to the neighbouring symbol.
         """
         with torch.autocast(self.device.type, enabled=False):
-            return self._of_images(normalize(images.to(self.device).float().div(255)))
+            return self.codec.features(normalize(images.to(self.device).float().div(255)), self.rate)
 
     def through_streams(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f3 decoded from real streams, bytes (N,) of these, and bytes (N,) of their payloads alone."""
         streams = self.codec.encode_batch(images.to(self.device), self.rate)
         payloads = [sum(self.codec.describe(stream).layers.values()) for stream in streams]
-        return self._of_streams(streams), torch.tensor([len(s) for s in streams]), torch.tensor(payloads)
+        return self.codec.decode_batch(streams), torch.tensor([len(s) for s in streams]), torch.tensor(payloads)
 
     def encode(self, image: Tensor) -> bytes:
         """The stream of an image (3, H, W) uint8."""
@@ -128,7 +126,7 @@ class FrozenCodec:
     def decode(self, stream: bytes) -> tuple[Tensor, int, int]:
         """f3 (1, C1, h, w) of a stream, and height and width of its image (BitstreamError)."""
         info = self.codec.describe(stream)
-        return self._of_streams([stream]), info.height, info.width
+        return self.codec.decode(stream), info.height, info.width
 
     def decode_all(self, streams: Sequence[bytes]) -> list[Tensor]:
         """f3 (C1, h, w) of streams, those of images of one size in one pass (BitstreamError)."""
@@ -138,45 +136,7 @@ class FrozenCodec:
             return info.height, info.width
 
         with torch.autocast(self.device.type, enabled=False):
-            return in_groups(streams, size, lambda group: list(self._of_streams(group)))
-
-    def _of_images(self, images: Tensor) -> Tensor:
-        return self.codec.features(images, self.rate)
-
-    def _of_streams(self, streams: Sequence[bytes]) -> Tensor:
-        return self.codec.decode_batch(streams)
-
-
-class FrozenLatents(FrozenCodec):
-    """As `FrozenCodec`, with y2_hat (N, latent_channels, h, w) in place of f3, for networks with a `Decoder`.
-
-    h and w are H/16 and W/16 of images padded to multiples of 64.
-    """
-
-    def _of_images(self, images: Tensor) -> Tensor:
-        return self.codec.latents(images, self.rate)
-
-    def _of_streams(self, streams: Sequence[bytes]) -> Tensor:
-        return self.codec.decode_latents(streams)
-
-
-class Decoder(nn.Module):
-    """f3 (N, C1, H/4, W/4) of y2_hat, for a network that learns to decode: a copy of the codec's synthesis transform.
-
-    Streams stay what they are, and so does the codec.
-
-    Args:
-        size: height and width of images in training, pixels.
-    """
-
-    def __init__(self, codec: FeatureCodec, size: tuple[int, int]):
-        super().__init__()
-        self.g_s = copy.deepcopy(codec.g_s).requires_grad_(True)
-        self.size = size
-
-    def forward(self, y_hat: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """f3 of images of a size, that of training if None: as the codec decodes it, until it has learned otherwise."""
-        return crop_to(self.g_s(y_hat), *(size or self.size), HEAD_STRIDE)
+            return in_groups(streams, size, lambda group: list(self.codec.decode_batch(group)))
 
 
 class PixelInput:

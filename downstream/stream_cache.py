@@ -41,7 +41,7 @@ FREE = FREE_KEYS | {
     "data", "codec", "init", "epochs", "teacher_epochs", "transform_epochs", "batch_size", "optimizer", "lr",
     "weight_decay", "warmup", "drop_at", "precision", "cache_folder", "checkpoints", "teacher", "num_channels",
     "channels", "chosen", "transform", "backbone", "start", "val_split", "classes", "fpn_channels", "hidden", "anchors",
-    "proposals", "rois", "voc07", "label_smoothing", "gate", "feature_weight", "train_decoder", "train_head",
+    "proposals", "rois", "voc07", "label_smoothing", "gate", "feature_weight", "train_head",
 }  # fmt: skip
 
 

@@ -91,8 +91,7 @@ def series_of(row: dict[str, Any], several: bool = False) -> str:
     if row["input"] == "streams":
         gate = f", {row['gate']} gate, {row['transform']}" if row.get("gate") else ""
         latents = row.get("latents", "codec") if gate else "codec"
-        own = ", decoder trained" if row.get("train_decoder") else ""
-        return (row["codec"] if several and latents == "codec" else latents) + gate + own
+        return (row["codec"] if several and latents == "codec" else latents) + gate
     own = ", stem and layer1 trained" if row.get("train_head") else ""
     return (row["anchor"].partition(":")[0] if row["anchor"] else "clean pixels") + own
 

@@ -58,7 +58,7 @@ class SweepConfig:
     epochs: int = 5  # protocol adapted
     options: list[str] = field(default_factory=list)  # further options of every adapted run: lr=0.01
     anchor_options: list[str] = field(default_factory=list)  # and of those on pixels: train_head=true,cache=bitstreams
-    stream_options: list[str] = field(default_factory=list)  # and of those on streams: train_decoder=true
+    stream_options: list[str] = field(default_factory=list)  # and of those on streams: transform=synthesis
     against: str = "hevc"  # the anchor that BD-rates are relative to
     parallel: int = 1  # points at a time; they share the cores, or the GPU
 

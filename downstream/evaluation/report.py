@@ -230,8 +230,6 @@ def _label(row: dict[str, Any]) -> str:
         name = "streams of " + (Path(row["codec"]).name if latents == "codec" else latents)
         if row.get("gate"):
             name += f", gate {row['gate']}, {row['transform']}"
-    if row.get("train_decoder"):
-        name += ", decoder trained"
     if row.get("train_head"):
         name += ", stem and layer1 trained"
     if row.get("rate") is not None:

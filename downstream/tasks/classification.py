@@ -22,7 +22,7 @@ from data_pipeline.views import ViewConfig, center_images, random_crops, resampl
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_caption
-from downstream.frozen import Decoder, FrozenLatents, RateMeter, pixel_input
+from downstream.frozen import RateMeter, pixel_input
 from downstream.stream_cache import STREAM, StreamDataset
 from downstream.tasks.task import Found, Task, load_network, settle_statistics, shard_cache_of
 from pretrain.codec.backbone import Backbone
@@ -43,7 +43,6 @@ class ClassificationConfig(FinetuneConfig):
     task: str = "classification"
     probe: bool = False  # train the linear head alone, full batch, on features embedded once
     train_head: bool = False  # input=pixels: train stem and layer1 too, all of the network
-    train_decoder: bool = False  # input=streams: train a copy of the codec's synthesis transform too, from y2_hat to f3
 
     image_size: int | None = None  # pixels; that of the codec's pretraining where not given
     canvas_size: int | None = None
@@ -59,11 +58,6 @@ class ClassificationConfig(FinetuneConfig):
             raise TaskError(
                 f"train_head=true with input={self.input} probe={str(self.probe).lower()} is impossible; stem and "
                 "layer1 belong to the frozen codec, and only a network on pixels has its own"
-            )
-        if self.train_decoder and (self.input != "streams" or self.probe):
-            raise TaskError(
-                f"train_decoder=true with input={self.input} probe={str(self.probe).lower()} is impossible; it goes "
-                "with input=streams and a network that is trained as a whole"
             )
         self.within(0.0, 0.99, "label_smoothing")
         self.within(0.01, 1.0, "scale_min")
@@ -81,12 +75,14 @@ class Classifier(nn.Module):
 
     Args:
         probe: train the head alone; the tail stays frozen, its batch norms on their running statistics.
-        front: gives f3 of what is read in its place, and is trained too.
+        pixels: read normalised images by stem and layer1 of its own, copies at first, in place of f3.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, probe: bool, front: nn.Module | None = None):
+    def __init__(self, backbone: Backbone, num_classes: int, probe: bool, pixels: bool = False):
         super().__init__()
-        self.front = front
+        self.front = copy.deepcopy(nn.Sequential(backbone.stem, backbone.layer1)) if pixels else None
+        if self.front is not None:
+            self.front.requires_grad_(True)
         self.tail = nn.Sequential(*(copy.deepcopy(getattr(backbone, f"layer{i}")) for i in (2, 3, 4)))
         self.tail.requires_grad_(not probe)
         self.probe = probe
@@ -103,23 +99,13 @@ class Classifier(nn.Module):
             self.tail.eval()
         return self
 
-    def f3_of(self, received: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """f3 of what is read: f3 itself, or what a front of its own makes of it; a decoder asks for images' size."""
-        if isinstance(self.front, Decoder):
-            return self.front(received, size)
-        return received if self.front is None else self.front(received)
+    def pooled(self, f3: Tensor) -> Tensor:
+        """(N, num_features) of f3, before norm and head."""
+        return self.tail(f3 if self.front is None else self.front(f3)).mean(dim=(2, 3))
 
-    def pooled(self, received: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(N, num_features) of what is read, before norm and head."""
-        return self.tail(self.f3_of(received, size)).mean(dim=(2, 3))
-
-    def forward(self, received: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Logits of what is read, or of (N, num_features) that are pooled and normalised already.
-
-        Args:
-            size: height and width of the images, pixels; those of training if None.
-        """
-        return self.head(received if received.ndim == 2 else self.norm(self.pooled(received, size).float()))
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of f3, or of (N, num_features) that are pooled and normalised already."""
+        return self.head(features if features.ndim == 2 else self.norm(self.pooled(features).float()))
 
     def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """Cross-entropy, float32."""
@@ -158,30 +144,17 @@ class Classification(Task[ClassificationConfig, Any]):
         return Found(num_samples)
 
     def network(self) -> Classifier:
-        return Classifier(self.backbone, len(self.config.classes), self.config.probe, self._front())
-
-    def _front(self) -> nn.Module | None:
-        """What the network has of its own in front of the tail, at first as it is in the codec."""
-        if self.config.train_head:
-            own = nn.Sequential(self.backbone.stem, self.backbone.layer1)
-            return copy.deepcopy(own).requires_grad_(True)
-        if self.config.train_decoder:
-            assert self.codec is not None
-            return Decoder(self.codec, (self._image_size, self._image_size))
-        return None
+        return Classifier(self.backbone, len(self.config.classes), self.config.probe, self.config.train_head)
 
     def make_source(self) -> Any:
-        """With `train_head` the network reads pixels, with `train_decoder` latents."""
+        """With `train_head` the network reads pixels."""
         config = self.config
-        if config.train_head:
-            return pixel_input(nn.Identity(), config.anchor, config.anchor_weights, self.device)
-        if config.train_decoder:
-            assert self.codec is not None
-            return FrozenLatents(self.codec, self.device, config.rate)
-        return super().make_source()
+        if not config.train_head:
+            return super().make_source()
+        return pixel_input(nn.Identity(), config.anchor, config.anchor_weights, self.device)
 
     def start_from(self, state: dict[str, Any]) -> None:
-        """What stands in front of the tail stays the codec's where that run read features."""
+        """Stem and layer1 stay the codec's where that run read features."""
         load_network(self.model, state, self.config.init, optional="front.")
 
     @property
@@ -354,19 +327,10 @@ class Classification(Task[ClassificationConfig, Any]):
         """`classes`: the five likeliest, each with `class`, `label` and `score`."""
         self.model.eval()
         with self.autocast():
-            logits = self.model(received, (height, width))
+            logits = self.model(received)
         scores, labels = logits.float().softmax(dim=1)[0].topk(min(NUM_RANKED, logits.shape[1]))
         ranked = zip(labels.tolist(), scores.tolist(), strict=True)
         return {"classes": [{"class": self.config.classes[k], "label": k, "score": score} for k, score in ranked]}
-
-    @torch.no_grad()
-    def picture(self, received: Tensor, height: int, width: int) -> Tensor:
-        """Features; of latents those that the network decodes."""
-        if self.config.train_decoder:
-            self.model.eval()
-            with self.autocast():
-                received = self.model.f3_of(received, (height, width)).float()
-        return super().picture(received, height, width)
 
     def draw(self, picture: Tensor, prediction: dict[str, Any], score: float) -> Tensor:
         """The likeliest class as a caption."""

@@ -47,8 +47,8 @@ class Study:
         folder: below the data root; None draws scenes.
         layout: of `dicm data build`.
         recipe: of the fine-tune.
-        pretrain, options, anchor_options, stream_options: further options of pretraining, of the fine-tune on clean
-            pixels (sweeps have them from there), and of a sweep's points on pixels and on streams.
+        pretrain, options, anchor_options: further options of pretraining, of the fine-tune on clean pixels (sweeps
+            have them from there), and of a sweep's points on pixels.
         epochs: of the stages of pretraining, at scale 1.
         task_epochs, adapt_epochs: at scale 1.
         anchors, others: of the sweep, and of one that comes behind what tells more.
@@ -68,7 +68,6 @@ class Study:
     epochs: dict[str, float] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
     anchor_options: list[str] = field(default_factory=list)
-    stream_options: list[str] = field(default_factory=list)
     task_epochs: int = 10
     adapt_epochs: int = 5
     anchors: str = HEVC
@@ -81,9 +80,8 @@ class Study:
 
 # Boxes and masks are found at f3, classes told at layer4.
 FINDING = ["stages.codec.distortion=3", "stages.codec.features=[1,0.3,0.2]", "stages.codec.rates=[24,8,2.5,0.8,0.25]"]
-# Each side learns from labels what it may: networks on pixels all of theirs, those on streams to decode.
-CLASSIFICATION = {"task": "classification", "recipe": "classification", "anchor_options": ["train_head=true"],
-                  "stream_options": ["train_decoder=true"]}  # fmt: skip
+# Both sides see a new crop of each image in every epoch; networks on pixels learn all of theirs from labels.
+CLASSIFICATION = {"task": "classification", "recipe": "classification", "anchor_options": ["train_head=true"]}  # fmt: skip
 STUDIES = [
     Study("tiny_imagenet20", "tiny_imagenet20", "imagefolder", **CLASSIFICATION, task_epochs=20, adapt_epochs=5,
           epochs={"ssl": 40, "redundancy": 3, "joint": 3, "codec": 12}, others=OTHERS, ablate=True),
@@ -211,7 +209,6 @@ def sweep_step(
         "evaluate", study.task, f"runs={base_of(study, arguments, variant, seed)}", f"out={out}", f"label={label}", RATES,
         f"epochs={max(1, round(study.adapt_epochs * arguments.scale))}", f"parallel={arguments.parallel}",
     ]  # fmt: skip
-    command += [f"stream_options=[{','.join(study.stream_options)}]"] if study.stream_options else []
     if variant == "whole":
         command += [f"anchors={study.others}", "streams=false"] if others else [f"anchors={study.anchors}"]
         command += [f"anchor_options=[{','.join(study.anchor_options)}]"] if study.anchor_options else []

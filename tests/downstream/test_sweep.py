@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_codecs import random_images
 from typer.testing import CliRunner
 
 from cluster.errors import RecipeError
@@ -19,7 +18,6 @@ from downstream.cli import app
 from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import points_of, resolve, run_name
 from downstream.evaluation.sweep import COLUMNS, point_config, sweep
-from downstream.frozen import Decoder, FrozenCodec, FrozenLatents
 from downstream.results import read_results
 from downstream.runs import load_run, trained_weights
 from pretrain.codec.feature_codec import FeatureCodec
@@ -109,6 +107,16 @@ def test_point_config__keeps_its_checkpoints_in_its_own_folder(clean: Path, tmp_
     config = resolve("classification", [f"runs={base}", "anchors=jpeg:5"])
     for point in points_of(config):
         assert point_config(config, point, tmp_path / "point").checkpoints is None
+
+
+def test_point_config__options_of_one_side_are_those_of_its_adapted_points(clean: Path, tmp_path: Path):
+    given = ["options=[weight_decay=0.1]", "anchor_options=[lr=0.1]", "stream_options=[lr=0.3]"]
+    config = resolve("classification", [f"runs={clean}", "anchors=jpeg:5", *given])
+    found = {point.name: point_config(config, point, tmp_path) for point in points_of(config)}
+    assert {name: (each.lr, each.weight_decay) for name, each in found.items()} == {
+        "jpeg-5-frozen": (0.02, 5e-4), "jpeg-5-adapted": (0.1, 0.1),
+        "dicm-frozen": (0.02, 5e-4), "dicm-adapted": (0.3, 0.1),
+    }  # fmt: skip
 
 
 def test_sweep__a_frozen_probe_is_not_trained(
@@ -241,42 +249,3 @@ def test_train_head__trains_stem_and_layer1_of_a_copy(
     assert results["top1"] > 0.5
     with pytest.raises(TaskError, match="train_head=true with input=streams"):
         finetune.resolve("classification", options(codec_folder, colours, tmp_path / "other", "train_head=true"))
-
-
-def test_train_decoder__learns_to_decode_the_same_streams(
-    clean: Path, codec_folder: Path, colours: Path, tmp_path: Path, options: Callable[..., list[str]]
-):
-    """A sweep's stream_options say it of streams alone; the cache of streams serves it."""
-    out = tmp_path / "sweep"
-    given = [f"runs={clean}", f"out={out}", "anchors=jpeg:5", "epochs=2", "options=lr=0.01",
-             "stream_options=[train_decoder=true,cache=bitstreams,cache_views=1]"]  # fmt: skip
-    rows = {row["codec"]: row for row in sweep(resolve("classification", [*given, "protocols=adapted"]))}
-    (frozen,) = sweep(resolve("classification", [f"runs={clean}", f"out={tmp_path / 'frozen'}", "protocols=frozen"]))
-    assert rows["dicm"]["bpp"] == frozen["bpp"]
-    assert rows["dicm"]["decode_macs"] == pytest.approx(frozen["decode_macs"], rel=1e-3)
-    run = out / "points" / "clean" / "dicm-adapted"
-    codec, weights = FeatureCodec.from_pretrained(codec_folder), trained_weights(run)
-    decoder = {name.removeprefix("front.g_s."): tensor for name, tensor in weights.items() if "front." in name}
-    assert decoder.keys() == codec.g_s.state_dict().keys()
-    assert not any(tensor.equal(decoder[name]) for name, tensor in codec.g_s.state_dict().items() if "weight" in name)
-    assert not load_run(out / "points" / "clean" / "jpeg-5-adapted").train_decoder  # type: ignore[attr-defined]
-
-
-def test_train_decoder__begins_with_the_codecs_features(
-    clean: Path, codec_folder: Path, colours: Path, tmp_path: Path, options: Callable[..., list[str]]
-):
-    results = []
-    for name, further in (("latents", ["train_decoder=true"]), ("features", [])):
-        given = options(codec_folder, colours, tmp_path / name, f"init={clean}", "epochs=0", *further)
-        results.append(finetune.run(finetune.resolve("classification", given)))
-    for key in ("top1", "bpp", "bpp_payload"):
-        assert results[0][key] == results[1][key]
-    codec, images = FeatureCodec.from_pretrained(codec_folder), random_images(2, 72, 90)
-    source, decoder = FrozenLatents(codec, torch.device("cpu")), Decoder(codec, (72, 90))
-    with torch.no_grad():  # at a size that is padded, too, and at another one than that of training
-        assert torch.equal(decoder(source.through_streams(images)[0]), codec.decode_batch(codec.encode_batch(images)))
-        assert torch.allclose(decoder(source.features(images)), FrozenCodec(codec, codec.device).features(images))
-        assert decoder(source.decode(codec.encode(images[0, :, :40]))[0], (40, 90)).shape[2:] == (10, 23)
-    bad = options(codec_folder, colours, tmp_path / "other", "train_decoder=true", "input=pixels")
-    with pytest.raises(TaskError, match="train_decoder=true with input=pixels"):
-        finetune.resolve("classification", bad)
