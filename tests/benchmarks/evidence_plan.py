@@ -48,7 +48,7 @@ class Study:
         layout: of `dicm data build`.
         recipe: of the fine-tune.
         pretrain, options, anchor_options: further options of pretraining, of the fine-tune on clean pixels (sweeps
-            have them from there), and of a sweep's points on pixels.
+            have them from there), and of a sweep's points on pixels; stream_options, of those on streams.
         epochs: of the stages of pretraining, at scale 1.
         task_epochs, adapt_epochs: at scale 1.
         anchors, others: of the sweep, and of one that comes behind what tells more.
@@ -68,6 +68,7 @@ class Study:
     epochs: dict[str, float] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
     anchor_options: list[str] = field(default_factory=list)
+    stream_options: list[str] = field(default_factory=list)
     task_epochs: int = 10
     adapt_epochs: int = 5
     anchors: str = HEVC
@@ -90,6 +91,7 @@ STUDIES = [
     Study("camvid", "camvid_as_cityscapes", "cityscapes", "semantic_segmentation", "semantic_segmentation_small",
           pretrain=["image_size=128", "canvas_size=192", "codec.context=none", "stages.ssl.batch_size=64"],
           epochs={"ssl": 200, "codec": 200}, task_epochs=60, adapt_epochs=30, gates="dynamic,static:32,static:16,variance:32,variance:16",
+          stream_options=["transform=synthesis"],
           anchors="hevc:51,hevc:47,hevc:42,hevc:37,hevc:32", pixel_codec="bmshj2018-hyperprior:2"),
     Study("raccoon", "raccoon_voc", "voc", "detection", "detection_small",
           options=["val_split=test", "max_side=320", "voc07=true"],
@@ -209,6 +211,7 @@ def sweep_step(
         "evaluate", study.task, f"runs={base_of(study, arguments, variant, seed)}", f"out={out}", f"label={label}", RATES,
         f"epochs={max(1, round(study.adapt_epochs * arguments.scale))}", f"parallel={arguments.parallel}",
     ]  # fmt: skip
+    command += [f"stream_options=[{','.join(study.stream_options)}]"] if study.stream_options else []
     if variant == "whole":
         command += [f"anchors={study.others}", "streams=false"] if others else [f"anchors={study.anchors}"]
         command += [f"anchor_options=[{','.join(study.anchor_options)}]"] if study.anchor_options else []
