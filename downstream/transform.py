@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from downstream.errors import TaskError
 from pretrain.codec.transforms import SynthesisTransform
 
-TRANSFORMS = ("deconv", "res", "synthesis")
+NEW_TRANSFORMS = ("deconv", "res")  # of latents of any model
+TRANSFORMS = (*NEW_TRANSFORMS, "synthesis")
 WIDTH = 128
 
 

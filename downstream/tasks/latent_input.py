@@ -70,8 +70,7 @@ class LatentInput(nn.Module):
         super().__init__()
         self.gate, self.kind = gate, kind
         # What was trained on all channels has inputs for all; a new transform has those of a static gate alone.
-        self.reads_all = kind == "synthesis" or not isinstance(gate, StaticGate)
-        in_channels = gate.channels if self.reads_all else gate.num_inputs
+        in_channels = gate.channels if kind == "synthesis" else gate.num_inputs
         self.transform = LatentTransform(kind, in_channels, out_channels, synthesis=synthesis)
 
     def forward(self, y_hat: Tensor, height: int, width: int) -> Tensor:
@@ -98,7 +97,7 @@ class LatentInput(nn.Module):
     @property
     def _listed(self) -> Sequence[int] | None:
         """The channels that a static gate passes on, for a transform with inputs for all."""
-        return self.gate.choice if self.reads_all and isinstance(self.gate, StaticGate) else None
+        return self.gate.choice if self.kind == "synthesis" and isinstance(self.gate, StaticGate) else None
 
     def from_base(self, received: Received) -> Tensor:
         """F (1, C1, ...) of what a stream's base gave; only its channels are computed with.

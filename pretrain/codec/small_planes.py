@@ -1,8 +1,8 @@
 """3x3 convolutions over planes of a few places, as one matrix product where a CPU is faster that way.
 
 At 64 px a ResNet's last layer sees planes of 2x2 places. oneDNN blocks its float32 convolutions over places, of which
-there are too few: a forward and backward pass of 512 channels takes several times as long as one product of all places
-of the batch, each with its neighbours beside it (`tests/benchmarks/small_planes.py`).
+there are too few: a forward and backward pass of 512 channels takes more than twice as long as one product of all
+places of the batch, each with its neighbours beside it (`tests/benchmarks/small_planes.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Where the product was faster: with fewer channels or more places oneDNN has enough to block over.
+# Where the product is faster by far; with fewer channels or more places oneDNN has more to block over.
 FEWEST_CHANNELS, MOST_PLACES = 512, 16
 
 

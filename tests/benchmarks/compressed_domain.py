@@ -36,7 +36,7 @@ from downstream.compressai_latents import SeparableLatents, create_latents
 from downstream.gate import create_gate
 from downstream.tasks.deeplab import DeepLab, enlarge
 from downstream.tasks.segmentation_network import SegmentationNetwork
-from downstream.transform import TRANSFORMS, LatentTransform
+from downstream.transform import NEW_TRANSFORMS, LatentTransform
 from pretrain.codec.memory import keep_freed_memory
 
 CLASSES = 19
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", type=Path, help="its middle is taken; smooth noise where none is given")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("H", "W"), help="multiples of 64")
-    parser.add_argument("--transform", choices=TRANSFORMS, default="deconv")
+    parser.add_argument("--transform", choices=NEW_TRANSFORMS, default="deconv")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -244,11 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     CONSOLE.print(f"sum of both columns: at most {most:.2f} of the pixel domain's (aim: below 1 in every row)")
     macs = {
         kind: {f"{h}x{w}": multiply_adds(kind, latents.channels, teacher.channels, h, w) for h, w in sizes}
-        for kind in TRANSFORMS
+        for kind in NEW_TRANSFORMS
         for sizes in [((height, width), (1024, 2048))]
     }
     for size in macs["deconv"]:
-        shown = ", ".join(f"{kind} {macs[kind][size] / 1e9:.1f} G" for kind in TRANSFORMS)
+        shown = ", ".join(f"{kind} {macs[kind][size] / 1e9:.1f} G" for kind in NEW_TRANSFORMS)
         times = macs["res"][size] / macs["deconv"][size]
         CONSOLE.print(f"multiply-adds at {size}, {latents.channels} channels: {shown}; res is {times:.2f} of deconv")
     if options.json:

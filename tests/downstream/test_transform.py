@@ -8,7 +8,7 @@ from small_codecs import NARROW, wake
 from torch.utils.flop_counter import FlopCounterMode
 
 from downstream.errors import TaskError
-from downstream.transform import TRANSFORMS, LatentTransform
+from downstream.transform import NEW_TRANSFORMS, TRANSFORMS, LatentTransform
 from pretrain.codec.transforms import SynthesisTransform
 
 
@@ -50,7 +50,7 @@ def test_transform__channels_that_were_not_sent_cost_nothing(kind: str):
 def test_transform__res_has_about_twice_the_multiply_adds_of_deconv():
     """As in Liu's Table 2, 202 G to 94 G."""
     macs = {}
-    for kind in ("deconv", "res"):
+    for kind in NEW_TRANSFORMS:
         counter = FlopCounterMode(display=False)
         with counter, torch.device("meta"):
             LatentTransform(kind, 192, 256)(torch.empty(1, 192, 32, 64))
