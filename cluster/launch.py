@@ -248,6 +248,26 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
         return
     if address := _address():
         _check_address(address)
+    with _same_sigterm():
+        _start_ray(address, num_cpus)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """SIGTERM does after the block what it did before: Ray leaves a handler in this process and in all it forks."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _start_ray(address: str | None, num_cpus: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -270,10 +290,6 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
         raise RunError(
             f"Ray could not be started on this machine ({first_line(error)}); use launcher=local to run without it"
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _address() -> str | None:

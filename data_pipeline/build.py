@@ -20,7 +20,7 @@ from data_pipeline.parallel import ordered_map
 from data_pipeline.shards import ShardWriter, refuse_existing
 from data_pipeline.sources import Job, Listing, Rejected, Sample, UnusableError
 from data_pipeline.sources.layouts import list_source
-from data_pipeline.unfinished import Step, UnfinishedBuild
+from data_pipeline.unfinished import PRELOAD, Step, UnfinishedBuild
 
 REJECTED = "rejected.jsonl"
 JOBS_AT_ONCE = 8  # a process holds so many images; street scenes take megabytes each
@@ -84,9 +84,6 @@ def build_dataset(
         "listing": _digest(listing),
     }
     with UnfinishedBuild(out, plan, restart=restart, num_processes=num_processes) as unfinished:
-        # With it comes torch: after bad sources were refused, but before the processes fork, which then share it.
-        import data_pipeline.decoding  # noqa: F401
-
         num_kept = sum(step.shard is not None for step in unfinished.steps)
         for split, listed in jobs.items():
             with ShardWriter(
@@ -126,7 +123,7 @@ def _write_split(
         unfinished.record(Step(writer.split, next_job, shard, tuple(rejected)))
         rejected.clear()
 
-    results = ordered_map(partial(_read, listing.read), jobs[start:], num_processes, JOBS_AT_ONCE)
+    results = ordered_map(partial(_read, listing.read), jobs[start:], num_processes, JOBS_AT_ONCE, PRELOAD)
     num_shards = len(writer.shards)
     for number, result in enumerate(results, start):
         if isinstance(result, Rejected):

@@ -72,7 +72,7 @@ def split_facts(
     """
     facts = SplitFacts()
     jobs = [(root, shard) for shard in manifest.split(name).shards]
-    for part in ordered_map(shard_facts, jobs, num_processes, chunk=1):
+    for part in ordered_map(shard_facts, jobs, num_processes, chunk=1, preload=[__name__]):
         facts.add(part)
         if progress is not None:
             progress(part.samples)

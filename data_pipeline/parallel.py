@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -20,18 +20,30 @@ R = TypeVar("R")
 
 
 def ordered_map(
-    function: Callable[[J], R], jobs: Iterable[J], num_processes: int | None = None, chunk: int = 16
+    function: Callable[[J], R],
+    jobs: Iterable[J],
+    num_processes: int | None = None,
+    chunk: int = 16,
+    preload: Sequence[str] = (),
 ) -> Iterator[R]:
     """Results of `function` over `jobs`, in the order of the jobs, computed by `num_processes` processes.
 
     `Executor.map` submits all jobs at once and keeps every result until it is asked for; here at most four
     chunks a process are under way, so memory stays flat over millions of images. None: a process a core.
 
+    Args:
+        function, jobs: are pickled.
+        preload: names of modules that the processes share. The first map of a program decides; where a later one
+            needs others, each of its processes imports them.
+
     Raises:
         DataError: a process was ended from outside; and whatever `function` raises.
     """
     num_processes = num_processes or os.cpu_count() or 1
-    with ProcessPoolExecutor(num_processes, initializer=_settle) as pool:
+    # Not forked from this process: threads of its libraries (Ray, Arrow, OpenCV) do not survive that, their locks do.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    with ProcessPoolExecutor(num_processes, context, initializer=_settle) as pool:
         left = iter(jobs)
         chunks = iter(lambda: tuple(islice(left, chunk)), ())
         pending: deque[Future[list[R]]] = deque(

@@ -67,7 +67,7 @@ def survey(root: str | Path, split: str, inspect: Inspection, cache: ShardCache 
     look = partial(_survey_shard, root=root, inspect=inspect, cache=cache)
     parts = map(look, chosen.shards)
     if chosen.num_samples > IN_ONE_PROCESS and len(chosen.shards) > 1:
-        parts = ordered_map(look, chosen.shards, chunk=1)  # type: ignore[assignment]
+        parts = ordered_map(look, chosen.shards, chunk=1, preload=[__name__])  # type: ignore[assignment]
     usable, found, left_out, start = [], 0, Counter[str](), 0
     for shard, (numbers, count, reasons) in zip(chosen.shards, parts, strict=True):
         usable += [start + number for number in numbers]

@@ -73,7 +73,7 @@ def write_scenes(
         for split, count in (("train", train), ("val", val)):
             jobs = ((seed, split, index, size) for index in range(count))
             with ShardWriter(folder, split) as writer:
-                for index, sample in enumerate(ordered_map(_draw, jobs, num_processes)):
+                for index, sample in enumerate(ordered_map(_draw, jobs, num_processes, preload=[__name__])):
                     writer.write(sample.fields(f"{split}-{index:07d}"))
                     if progress is not None:
                         progress()

@@ -31,6 +31,8 @@ from data_pipeline.shards import refuse_existing
 from data_pipeline.sources import Rejected
 
 PLAN, STEPS, LOCK, DATASET = "plan.json", "steps.jsonl", "lock", "dataset"
+# What a build's processes share, whether they first look at an earlier build's shards or read images at once.
+PRELOAD = ("data_pipeline.decoding",)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class UnfinishedBuild:
                 steps.append(None)
         known = [step for step in takewhile(lambda step: step is not None, steps) if step is not None]
         jobs = [(self.dataset, step.shard) for step in known]
-        sound = ordered_map(_is_sound, jobs, self.num_processes, chunk=1)
+        sound = ordered_map(_is_sound, jobs, self.num_processes, chunk=1, preload=PRELOAD)
         self.steps = [step for step, _ in takewhile(lambda pair: pair[1], zip(known, sound, strict=False))]
         if len(self.steps) < len(steps):
             path.write_text("".join(map(_line, self.steps)))

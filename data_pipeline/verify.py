@@ -51,7 +51,8 @@ def faults(
     with tempfile.TemporaryDirectory(prefix="dicm-verify-") as folder:
         room = 2 * num_processes * max((shard.bytes for shard in shards), default=1)
         jobs = [(root, shard, *counts, ShardCache(folder, room)) for shard in shards]
-        for shard, found in zip(shards, ordered_map(shard_faults, jobs, num_processes, chunk=1), strict=True):
+        results = ordered_map(shard_faults, jobs, num_processes, chunk=1, preload=[__name__])
+        for shard, found in zip(shards, results, strict=True):
             yield from found
             if progress is not None:
                 progress(shard.samples)

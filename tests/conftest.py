@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,13 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_server_of_processes() -> None:
+    """What `ordered_map` takes its processes from has torch, whichever test calls it first."""
+    multiprocessing.set_forkserver_preload(["data_pipeline.decoding"])
+    forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True, scope="session")

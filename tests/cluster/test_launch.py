@@ -40,8 +40,10 @@ def _ray() -> Iterator[None]:
     """The embedded Ray of `launch`, kept over the tests that share it."""
     from cluster.launch import _connected_ray
 
+    before = signal.getsignal(signal.SIGTERM)
     with _connected_ray(2):
         yield
+    assert signal.getsignal(signal.SIGTERM) == before  # Ray's own would go on into every process forked from this one
 
 
 def on_ray(function, folder: Path, **options) -> None:
