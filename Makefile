@@ -10,7 +10,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit("dicm needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 <target>")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt --group dev -e '.[anchors,export]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --group dev -e '.[anchors,export]'
 	@touch $@
 
 demo: install
