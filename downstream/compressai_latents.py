@@ -7,8 +7,9 @@ model's own tables. So `base` and `rest` together decode to the symbols, and the
 all of y, so the encoder of a model with a hyperprior computes all of it, whatever is sent; without a hyperprior
 (bmshj2018-factorized) only the chosen channels are computed.
 
-A model that predicts each place from all channels before it (mbt2018, cheng2020), or scales them by a stage (the -vbr
-ones), cannot be sent channel by channel: its streams have one layer, as `model.compress` writes them.
+A model that predicts each place from all channels before it (mbt2018, cheng2020), or has a range of rates (the -vbr
+ones), cannot be sent channel by channel: its streams have one layer, as `model.compress` writes them. One set of
+weights of a -vbr model serves all qualities: quality 1..8 is CompressAI's level `s` 0..7, the index of its gain.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from compressai.models import FactorizedPrior, FactorizedPriorReLU, MeanScaleHyperprior, ScaleHyperprior
+from compressai.models.vbr import ScaleHyperpriorVbr
 from compressai.registry import MODELS as REGISTRY
 from compressai.zoo import image_models, load_state_dict
 from safetensors.torch import load_file
@@ -45,6 +47,8 @@ UNTRAINED = ("cheng2020-anchor-checkerboard", "elic2022-official", "elic2022-cha
 MODELS = (*image_models, *UNTRAINED)
 # Weights of 255^2 * MSE that the zoo's models were trained with, by quality (CompressAI, "Training").
 LAMBDAS = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483, 7: 0.0932, 8: 0.1800}
+QUALITY = 4  # where none is named
+TABLES = ("_quantized_cdf", "_cdf_length", "_offset")
 
 
 def most_quality(name: str) -> int:
@@ -57,12 +61,17 @@ def new_model(name: str, quality: int) -> Any:
     return REGISTRY[name]() if name in UNTRAINED else image_models[name](quality=quality)
 
 
-def load_model(name: str, quality: int = 4, weights: str = "zoo", metric: str = "mse") -> Any:
+def level_of(model: Any, quality: int) -> dict[str, int]:
+    """What `forward`, `compress` and `decompress` of a model with a range of rates are told; nothing of others."""
+    return {"s": quality - 1} if isinstance(model, ScaleHyperpriorVbr) else {}
+
+
+def load_model(name: str, quality: int = QUALITY, weights: str = "zoo", metric: str = "mse") -> Any:
     """A model of CompressAI's zoo, frozen, in eval mode.
 
     Args:
         name: of the zoo, for example bmshj2018-hyperprior.
-        quality: 1..8 (1..6 for cheng2020), of the zoo's weights.
+        quality: 1..8 (1..6 for cheng2020), of the zoo's weights; `create_latents` is told it, too.
         weights: `zoo` downloads them; else a file, .safetensors or a checkpoint with a state dict.
         metric: mse or ms-ssim, of the zoo's weights.
 
@@ -73,6 +82,8 @@ def load_model(name: str, quality: int = 4, weights: str = "zoo", metric: str = 
         raise TaskError(f"latents={name} is unknown; use codec or one of {', '.join(MODELS)}")
     if name in UNTRAINED and weights == "zoo":
         raise TaskError(f"{name}: the zoo has no weights of it; train some with `dicm anchors train`, name the file")
+    if name.endswith("-vbr") and not 1 <= quality <= most_quality(name):
+        raise TaskError(f"{name}, quality {quality}: it has no such rate; use 1..{most_quality(name)}")
     try:
         if weights == "zoo":
             model = image_models[name](quality=quality, metric=metric, pretrained=True, progress=False)
@@ -95,8 +106,11 @@ def _from_file(name: str, path: Path) -> Any:
             state = torch.load(path, map_location="cpu", weights_only=True)
         state = load_state_dict(state.get("state_dict", state))
         architecture = type(new_model(name, 1))
-        # The zoo's own rule: these two come with a bottleneck for each rate.
-        options = {"vr_entbttlnck": True} if name in ("bmshj2018-hyperprior-vbr", "mbt2018-mean-vbr") else {}
+        options = {}
+        if any(key.startswith("gayn2zqstep.") for key in state):  # the zoo's: z has a step for each rate
+            options = {"vr_entbttlnck": True}
+            # CompressAI loads no tables into such a bottleneck; they are made anew for the rate.
+            state |= {f"entropy_bottleneck.{table}": torch.IntTensor() for table in TABLES}
         return architecture.from_state_dict(state, **options)
     except OSError:
         raise
@@ -112,9 +126,13 @@ def checkpoint_fault(error: Exception) -> str:
     return lines[min(1, len(lines) - 1)][:120]
 
 
-def create_latents(model: Any, device: torch.device) -> CompressAILatents:
-    """The latents of a CompressAI model, in two layers where it can be sent channel by channel."""
-    return SeparableLatents(model, device) if type(model) in SEPARABLE else WholeLatents(model, device)
+def create_latents(model: Any, device: torch.device, quality: int = QUALITY) -> CompressAILatents:
+    """The latents of a CompressAI model, in two layers where it can be sent channel by channel.
+
+    Args:
+        quality: 1..8, of a -vbr model, which has a range of rates; of others it is that of their weights.
+    """
+    return SeparableLatents(model, device) if type(model) in SEPARABLE else WholeLatents(model, device, quality)
 
 
 class CompressAILatents(LatentCodec):
@@ -122,13 +140,18 @@ class CompressAILatents(LatentCodec):
 
     Args:
         model: frozen; its tables are made here where its weights came without.
+        level: as `level_of` gives it; a stream of another one is another codec's.
     """
 
-    def __init__(self, model: Any, device: torch.device):
-        model.update()
-        self.model, self.device = model.to(device).eval().requires_grad_(False), device
+    def __init__(self, model: Any, device: torch.device, level: dict[str, int] | None = None):
+        self.model, self.device, self.level = model.eval().requires_grad_(False), device, level or {}
+        if hasattr(model, "gayn2zqstep"):  # the step of z, and with it the tables, depends on the rate
+            model.update(force=True, scale=model.Gain[self.level["s"]])
+        else:
+            model.update()
+        model.to(device)
         self.channels = _input_channels(model.g_s)
-        self.fingerprint = _fingerprint(model)
+        self.fingerprint = _fingerprint(model, self.level)
 
     def decode_image(self, stream: bytes) -> Tensor:
         """The image (1, 3, H, W) in 0..1 of a stream with all its layers."""
@@ -291,17 +314,21 @@ class SeparableLatents(CompressAILatents):
 
 
 class WholeLatents(CompressAILatents):
-    """Latents that are sent whole, by the model's own `compress`; `channels` must be None."""
+    """Latents that are sent whole, by the model's own `compress`; `channels` must be None.
 
-    def __init__(self, model: Any, device: torch.device):
-        super().__init__(model, device)
+    Args:
+        quality: 1..8, of a -vbr model.
+    """
+
+    def __init__(self, model: Any, device: torch.device, quality: int = QUALITY):
+        super().__init__(model, device, level_of(model, quality))
         self._shapes: dict[tuple[int, int], Any] = {}
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         """As in the model's forward pass; those of its streams differ where a context model shifts what is rounded."""
         with torch.autocast(self.device.type, enabled=False):
-            return self._input_of_synthesis(lambda: self.model(self._pixels(images)))
+            return self._input_of_synthesis(lambda: self.model(self._pixels(images), **self.level))
 
     def need_channels(self) -> None:
         raise CodecError(
@@ -313,7 +340,8 @@ class WholeLatents(CompressAILatents):
     def encode(self, image: Tensor, channels: Choice | None = None, rest: bool = False) -> bytes:
         if channels is not None:
             self.need_channels()
-        strings = [strings[0] for strings in self.model.compress(self._pixels(image[None]))["strings"]]
+        coded = self.model.compress(self._pixels(image[None]), **self.level)
+        strings = [strings[0] for strings in coded["strings"]]
         payload = b"".join(struct.pack("<I", len(string)) + string for string in strings)
         height, width = image.shape[-2:]
         return bitstream.pack(self.fingerprint, height, width, [Layer(payload, 0)])
@@ -333,7 +361,7 @@ class WholeLatents(CompressAILatents):
         strings = [[string] for string in self._strings(layer.payload)]
         rows, columns = (-(-side // STEP) for side in (info.height, info.width))
         shape = self._shape(rows * STEP, columns * STEP)
-        return self._input_of_synthesis(lambda: self.model.decompress(strings, shape))
+        return self._input_of_synthesis(lambda: self.model.decompress(strings, shape, **self.level))
 
     @staticmethod
     def _strings(payload: bytes) -> list[bytes]:
@@ -349,7 +377,7 @@ class WholeLatents(CompressAILatents):
         """What `decompress` wants to know of an image of this size, each model in a form of its own."""
         if (height, width) not in self._shapes:
             blank = torch.zeros(1, 3, height, width, device=self.device)
-            self._shapes[height, width] = self.model.compress(blank)["shape"]
+            self._shapes[height, width] = self.model.compress(blank, **self.level)["shape"]
         return self._shapes[height, width]
 
     def _input_of_synthesis(self, run: Any) -> Tensor:
@@ -365,7 +393,7 @@ class WholeLatents(CompressAILatents):
 
 def _table(model: Any) -> CoderTable:
     """The tables as CompressAI made them, or as they came with the weights."""
-    return CoderTable(*(getattr(model, name).int().cpu() for name in ("_quantized_cdf", "_cdf_length", "_offset")))
+    return CoderTable(*(getattr(model, name).int().cpu() for name in TABLES))
 
 
 def _by_channel(values: Tensor) -> Tensor:
@@ -378,9 +406,10 @@ def _input_channels(network: nn.Module) -> int:
     return next(m for m in network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)).in_channels
 
 
-def _fingerprint(model: nn.Module) -> bytes:
-    """Eight bytes that name weights and tables."""
+def _fingerprint(model: nn.Module, level: dict[str, int]) -> bytes:
+    """Eight bytes that name weights, tables and level."""
     digest = hashlib.sha256(type(model).__name__.encode())
+    digest.update("".join(f" {name}={value}" for name, value in level.items()).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

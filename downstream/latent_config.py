@@ -17,7 +17,7 @@ class LatentConfig(FinetuneConfig):
     """Options of a task that can read gated latents: which, and how."""
 
     latents: str = "codec"  # y2 of the codec; or a model of CompressAI's zoo: bmshj2018-hyperprior is the paper's
-    latents_quality: int = 4  # of a zoo model's weights
+    latents_quality: int = 4  # of a zoo model's weights, or the rate of a -vbr model
     latents_metric: str = "mse"
     latents_weights: str = "zoo"  # or a file
 

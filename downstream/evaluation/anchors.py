@@ -118,7 +118,8 @@ class ModelAnchor(Anchor):
 
     def __init__(self, spec: AnchorSpec, weights: str):
         super().__init__(spec)
-        self._latents = create_latents(load_model(spec.name, spec.quality, weights), torch.device("cpu"))
+        model = load_model(spec.name, spec.quality, weights)
+        self._latents = create_latents(model, torch.device("cpu"), spec.quality)
 
     def encode(self, image: np.ndarray) -> bytes:
         return self._latents.encode(torch.from_numpy(image).permute(2, 0, 1))

@@ -199,6 +199,12 @@ def document_of(folders: list[Path], pretraining: Path | None, against: str, abl
 def report_of_runs(runs: list[Path], pretraining: Path | None) -> Document:
     """The report of fine-tuned runs (TaskError where one has no results)."""
     results = [read_results(folder) for folder in runs]
+    for folder, row in zip(runs, results, strict=True):
+        if not metric_titles(row):
+            raise TaskError(
+                f"{folder}: a run of `{row['task']}` has no accuracy; `dicm evaluate` compares codecs of pixels with "
+                "anchors=NAME:QUALITY"
+            )
     tasks = list(dict.fromkeys(row["task"] for row in results))
     if len(tasks) > 1:
         raise TaskError(f"runs of {' and '.join(tasks)} have different metrics; write a report for each task")

@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from compressai.entropy_models import EntropyBottleneck
 from compressai.losses import RateDistortionLoss
+from compressai.models.vbr import ScaleHyperpriorVbr
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from data_pipeline.loader import CanvasBatch, eval_loader, train_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
-from downstream.compressai_latents import LAMBDAS, MODELS, create_latents, most_quality, new_model
+from downstream.compressai_latents import LAMBDAS, MODELS, create_latents, level_of, most_quality, new_model
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.files import write_file
@@ -48,7 +49,7 @@ class AnchorConfig(FinetuneConfig):
     codec: str | None = None
     input: str = "pixels"
     model: str = "bmshj2018-hyperprior"  # of CompressAI's
-    quality: int = 3  # 1..8: width and lmbda are the zoo's
+    quality: int = 3  # 1..8: width and lmbda are the zoo's; of a -vbr model the one rate that is trained
     lmbda: float | None = None  # in place of the quality's
     image_size: int = 256  # pixels of training crops
     canvas_size: int | None = None  # pixels of the square that images are decoded to; that of crops if not given
@@ -97,7 +98,7 @@ class Anchor(Task[AnchorConfig, CanvasBatch]):
         """Number of training images."""
         need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, REMEDY)
         num_samples = manifest.split(config.train_split).num_samples
-        need_batches(config, num_samples, per_worker=1)
+        need_batches(config, num_samples)
         return Found(num_samples)
 
     def make_source(self) -> Any:
@@ -108,6 +109,8 @@ class Anchor(Task[AnchorConfig, CanvasBatch]):
         model = new_model(self.config.model, self.config.quality)
         for bottleneck in _bottlenecks(model):  # no gradient reaches them
             bottleneck.quantiles.requires_grad_(False)
+        if isinstance(model, ScaleHyperpriorVbr):  # nor its gains, which name the rates
+            model.Gain.requires_grad_(False)
         return model
 
     def batches(self, samples_seen: int) -> Iterator[CanvasBatch]:
@@ -133,7 +136,7 @@ class Anchor(Task[AnchorConfig, CanvasBatch]):
         flip = torch.rand(len(canvas), generator=generator, device=self.device) < 0.5
         images = resample(canvas, crops, self.config.image_size, flip)
         lmbda = self.config.lmbda or LAMBDAS[self.config.quality]
-        losses = RateDistortionLoss(lmbda)(module(images), images)
+        losses = RateDistortionLoss(lmbda)(module(images, **level_of(self.model, self.config.quality)), images)
         return losses["loss"], {"bpp": losses["bpp_loss"].detach(), "mse": losses["mse_loss"].detach()}
 
     def finish(self) -> None:
@@ -148,7 +151,7 @@ class Anchor(Task[AnchorConfig, CanvasBatch]):
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """PSNR and rate of a few validation images, from real streams."""
-        latents = create_latents(_updated(self.model), self.device)
+        latents = create_latents(_updated(self.model), self.device, self.config.quality)
         rates, errors, size = RateMeter(), torch.zeros(2, dtype=torch.float64), self.config.image_size
         for image in self.examples(EVALUATION_IMAGES)[self.runtime.rank :: self.runtime.world]:
             stream = latents.encode(image.to(self.device))

@@ -33,7 +33,7 @@ def create_latent_codec(
         assert codec is not None
         return FeatureLatents(codec, device, rate)
     model = load_model(options.latents, options.latents_quality, options.latents_weights, options.latents_metric)
-    return create_latents(model, device)
+    return create_latents(model, device, options.latents_quality)
 
 
 def synthesis_of(options: LatentConfig, codec: FeatureCodec | None) -> SynthesisTransform | None:

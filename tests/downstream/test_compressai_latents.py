@@ -20,10 +20,10 @@ SEPARABLE = ("bmshj2018-hyperprior", "bmshj2018-factorized", "bmshj2018-factoriz
 CHOSEN = [3, 4, 90, 150, 191]
 
 
-def lively(name: str) -> Any:
+def lively(name: str, **options: Any) -> Any:
     """A model with random weights whose latents have a spread of some symbols, as trained ones have."""
     torch.manual_seed(0)
-    model = image_models[name](quality=1).eval().requires_grad_(False)
+    model = image_models[name](quality=1, **options).eval().requires_grad_(False)
     pixels = random_images(1, 64, 64).float() / 255
     model.g_a[-1].weight.mul_(3 / model.g_a(pixels).std())
     if hasattr(model, "h_a"):
@@ -160,7 +160,7 @@ def test_encode__without_a_hyperprior_only_the_chosen_channels_are_computed():
 
 @pytest.mark.parametrize("name", ["mbt2018", "bmshj2018-hyperprior-vbr"])
 def test_whole_latents__are_coded_by_the_model_itself(name: str):
-    latents = create_latents(lively(name), CPU)
+    latents = create_latents(lively(name), CPU, quality=2)  # s=1, where CompressAI names none
     image = random_images(1, 64, 70)[0]
     stream = latents.encode(image)
     received = latents.receive(stream)
@@ -172,6 +172,29 @@ def test_whole_latents__are_coded_by_the_model_itself(name: str):
     assert latents.latents(image[None]).shape == received.latents.shape
     with pytest.raises(CodecError, match="gate=none"):
         latents.encode(image, channels=[1])
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_create_latents__quality_is_the_rate_of_a_model_with_a_range(steps: bool, tmp_path: Path):
+    """With one step of z for all rates, as trained here, or one for each, as in the zoo's weights."""
+    name, path = "bmshj2018-hyperprior-vbr", tmp_path / "weights.safetensors"
+    model = lively(name, vr_entbttlnck=steps)
+    model.update()
+    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, path)
+    image = random_images(1, 64, 64)[0]
+    streams, errors = [], []
+    for quality in (1, 8):
+        latents = create_latents(load_model(name, quality, str(path)), CPU, quality)
+        streams.append(latents.encode(image))
+        theirs = latents.model.compress(image[None].float() / 255, s=quality - 1)
+        decoded = latents.model.decompress(theirs["strings"], theirs["shape"], s=quality - 1)["x_hat"]
+        assert torch.equal(latents.decode_image(streams[-1]), decoded)
+        assert torch.equal(latents.decode(streams[-1]), latents.latents(image[None]))
+        y_hat, y = latents.decode(streams[-1]), latents.model.g_a(image[None].float() / 255)
+        errors.append(float((y_hat - y).square().mean()))
+    assert len(streams[0]) < len(streams[1]) and errors[0] > errors[1]
+    with pytest.raises(BitstreamError, match="written by codec"):
+        latents.decode(streams[0])
 
 
 @pytest.mark.parametrize("name", ["bmshj2018-hyperprior", "bmshj2018-factorized-relu"])
@@ -196,6 +219,7 @@ def test_load_model__refusals(tmp_path: Path):
     for options, words in [
         ({"name": "jpeg"}, "bmshj2018-hyperprior"),
         ({"name": "bmshj2018-hyperprior", "quality": 12}, "quality 12"),
+        ({"name": "mbt2018-vbr", "quality": 9, "weights": str(tmp_path / "other.pth")}, "quality 9: .*1..8"),
         ({"name": "bmshj2018-hyperprior", "weights": str(tmp_path / "none.pth")}, "none.pth"),
         ({"name": "bmshj2018-hyperprior", "weights": str(tmp_path / "junk.pth")}, "junk.pth"),
         ({"name": "bmshj2018-hyperprior", "weights": str(tmp_path / "other.pth")}, "not weights of"),

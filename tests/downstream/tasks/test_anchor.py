@@ -13,6 +13,7 @@ from downstream import finetune
 from downstream.cli import app
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import create_anchor
+from downstream.evaluation.report import document_of
 from downstream.predict import predict_files
 from downstream.results import read_results
 
@@ -54,6 +55,28 @@ def test_predict__of_an_anchor_is_refused(trained: Path, tmp_path: Path):
     Image.new("RGB", (64, 64), "red").save(image)
     with pytest.raises(TaskError, match="predicts nothing"):
         predict_files("anchor", trained, [image], tmp_path / "out")
+
+
+def test_report__of_an_anchor_is_refused(trained: Path):
+    with pytest.raises(TaskError, match=rf"{trained}: a run of `anchor` has no accuracy"):
+        document_of([trained], None, "hevc", [])
+
+
+def test_train__a_range_of_rates_is_trained_at_its_quality(colours: Path, tmp_path: Path):
+    """Same weights and images: the level alone makes the rate; what is written is an anchor of that quality."""
+    rates = []
+    for quality in (1, 8):
+        run = tmp_path / f"bmshj2018-hyperprior-vbr-{quality}"
+        given = options(colours, run, "model=bmshj2018-hyperprior-vbr", f"quality={quality}", "lmbda=0.01", "epochs=1")
+        tuner = finetune.create_tuner(finetune.resolve("anchor", given))
+        tuner.enter(tuner.stages[0])
+        batch = next(iter(tuner.task.batches(0)))
+        rates.append(float(tuner.task.loss(tuner.model, batch, torch.Generator().manual_seed(0))[1]["bpp"]))
+    assert rates[0] < rates[1]
+    tuner.task.finish()
+    anchor = create_anchor("bmshj2018-hyperprior-vbr:8", str(run.with_suffix(".safetensors")))
+    image = np.full((64, 64, 3), (200, 40, 40), np.uint8)
+    assert anchor.decode(anchor.encode(image)).shape == image.shape
 
 
 @pytest.mark.parametrize(
