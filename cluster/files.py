@@ -6,8 +6,12 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file, making its folder; a reader sees what was there before or all of the new (OSError: refused)."""
+def write_whole(path: Path, content: bytes | str, *, new: bool = False) -> None:
+    """Write a file, making its folder; a reader sees what was there before or all of the new (OSError: refused).
+
+    Args:
+        new: leave a file that is there already as it is, even if it came meanwhile (FileExistsError).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -15,6 +19,6 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        (os.link if new else os.replace)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

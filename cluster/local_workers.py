@@ -153,7 +153,7 @@ def _work_in_process(
 ) -> None:
     """Body of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -178,7 +178,8 @@ def _work_in_process(
     runtime.close()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when its parent has ended, which a killed one cannot ask for."""
     parent = torch.multiprocessing.parent_process()
     assert parent is not None
     parent.join()

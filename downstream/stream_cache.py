@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,12 @@ def prepare_folder(config: FinetuneConfig, inputs: dict[str, str]) -> None:
         return
     folder, wanted = stream_folder(config), _facts(config, inputs)
     try:
-        if (folder / FACTS).is_file():
-            found = dict(json.loads((folder / FACTS).read_text()))
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise TaskError(f"{folder} holds something other than streams; name another cache_folder")
-        else:
-            write_whole(folder / FACTS, json.dumps(wanted, indent=2))
-            return
+        if not (folder / FACTS).is_file():
+            if folder.exists() and (not folder.is_dir() or any(map(_is_strange, folder.iterdir()))):
+                raise TaskError(f"{folder} holds something other than streams; name another cache_folder")
+            with suppress(FileExistsError):  # ranks, and other runs, may begin at the same moment
+                write_whole(folder / FACTS, json.dumps(wanted, indent=2), new=True)
+        found = dict(json.loads((folder / FACTS).read_text()))
     except TaskError:
         raise
     except (OSError, ValueError, TypeError) as error:
@@ -81,6 +81,11 @@ def prepare_folder(config: FinetuneConfig, inputs: dict[str, str]) -> None:
             f"{folder} holds streams that were made otherwise ({key}: {found.get(key)} there, {wanted.get(key)} here); "
             "name another cache_folder, or remove it"
         )
+
+
+def _is_strange(path: Path) -> bool:
+    """Whether it is neither the facts of a folder of streams nor what they are written to first."""
+    return path.name.removeprefix(".").partition(".")[0] != Path(FACTS).stem
 
 
 def build_streams(task: Task[Any, Any], on_part: Callable[[int, int], None] = lambda *_: None) -> bool:

@@ -31,7 +31,7 @@ LABEL = re.compile(r"[A-Za-z0-9][\w .+-]*", re.ASCII)  # also names folders
 # What a point sets itself, or what must be the same under both protocols; and what must be so for all codecs.
 OWN_OPTIONS = {
     "task", "data", "codec", "run", "input", "anchor", "anchor_weights", "rate", "init", "epochs", "checkpoints",
-    "gate", "num_channels", "channels", "seed", "val_split", "classes",
+    "gate", "num_channels", "channels", "seed", "val_split", "classes", "cache_folder",
 }  # fmt: skip
 COMMON_OPTIONS = {
     "train_split", "image_size", "canvas_size", "short_side", "max_side", "height", "width", "scale_min", "scale_max",
@@ -171,7 +171,7 @@ def points_of(config: SweepConfig) -> list[Point]:
 
 
 def _check_alike(bases: dict[str, Any]) -> None:
-    """Refuse (TaskError) runs of one seed, or of different data: tables average runs as seeds."""
+    """Refuse (TaskError) runs of one seed, of different data or seen otherwise: tables average runs as seeds."""
     seeds: dict[int, str] = {}
     first = next(iter(bases))
     for run, base in bases.items():
@@ -186,6 +186,13 @@ def _check_alike(bases: dict[str, Any]) -> None:
                 f"runs={first} and {run} were trained on different data ({bases[first].data}, {base.data}); sweep "
                 "each by itself, with an out= of its own"
             )
+        for key in sorted({"val_split", *COMMON_OPTIONS}):
+            values = [getattr(each, key, None) for each in (bases[first], base)]
+            if values[0] != values[1]:
+                raise TaskError(
+                    f"runs={first} and {run} differ in {key} ({values[0]}, {values[1]}) and would be averaged as "
+                    "seeds; sweep each by itself, with an out= of its own"
+                )
 
 
 def data_of(run: Path | str) -> str | None:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from downstream.errors import TaskError
+
 METHOD = "pchip"
 LEAST_POINTS = 2
 
@@ -34,7 +36,12 @@ class RatePoint(NamedTuple):
     accuracy: float
     bpp_spread: float = 0.0
     accuracy_spread: float = 0.0
-    num_seeds: int = 1
+    seeds: tuple[int, ...] = ()
+
+    @property
+    def num_seeds(self) -> int:
+        """How many it is the mean of."""
+        return max(1, len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,21 @@ class Delta:
         return "-" if self.accuracy is None else f"{100 * self.accuracy:+.1f}"
 
 
+def check_seeds(rows: Iterable[dict[str, Any]]) -> None:
+    """Refuse (TaskError) rows that would be averaged as seeds and are none: of two runs of one seed, or one twice."""
+    runs: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("task", "data", "codec", "quality", "protocol", "seed"))
+        other = runs.setdefault(key, row["run"])
+        if other != row["run"]:
+            name = " ".join(part for part in (row["codec"], row["quality"], row["protocol"]) if part)
+            raise TaskError(
+                f"{name} of {row['task']} on {row['data']} is there of runs {other} and {row['run']}, which have one "
+                f"seed ({row['seed']}) and would be averaged as if they had two; fine-tune with seeds of their own "
+                "(seed=1), or keep the two apart: another out= or label=, a report of each"
+            )
+
+
 def curves_of(rows: Iterable[dict[str, Any]], rate: str = "bpp_payload") -> list[Curve]:
     """Curves of a sweep's rows, all of one task and data set; a gate's number of channels is a curve of its own.
 
@@ -100,7 +122,7 @@ def _point(quality: str, rows: list[dict[str, Any]], rate: str) -> RatePoint:
     rates, accuracies = [row[rate] for row in rows], [row["value"] for row in rows]
     bpp_spread, accuracy_spread = (statistics.stdev(each) if len(rows) > 1 else 0.0 for each in (rates, accuracies))
     means = statistics.fmean(rates), statistics.fmean(accuracies)
-    return RatePoint(quality, *means, bpp_spread, accuracy_spread, len(rows))
+    return RatePoint(quality, *means, bpp_spread, accuracy_spread, tuple(sorted(row["seed"] for row in rows)))
 
 
 def delta(anchor: Curve, test: Curve) -> Delta:
@@ -122,6 +144,8 @@ def delta(anchor: Curve, test: Curve) -> Delta:
             value = float(function(*columns, method=METHOD, require_matching_points=False))
         found.append(None if math.isnan(value) else value)
         told += [f"{name}: {str(warning.message).split(' You can')[0]}" for warning in caught]
+    if len({point.seeds for point in (*ours, *theirs)}) > 1:
+        told.append("points are means over different seeds; finish the sweep")
     rate, accuracy = found
     return Delta(None if rate is None else rate / 100, accuracy, tuple(told))
 

@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,13 +39,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import is_ours
-from cluster.local_workers import sigterm_held_back
+from cluster.local_workers import end_with_parent, sigterm_held_back
+from cluster.options import ClusterConfig
 from cluster.recipes import change_config, config_diff, load_saved, save_config
 from cluster.runtime import on_sigterm
 from downstream import finetune
 from downstream.channels import select_channels
 from downstream.errors import StoppedError, TaskError
 from downstream.evaluation.points import Point, SweepConfig, data_of, points_of, run_name
+from downstream.evaluation.rate_accuracy import check_seeds
 from downstream.files import write_file
 from downstream.results import RESULTS, read_results
 from downstream.runs import load_run
@@ -128,6 +131,7 @@ def _check_done(config: SweepConfig, points: list[Point], out: Path) -> None:
     for path in (out / POINTS).glob(f"*/*/{COSTS}"):
         if data_of(path.parent) != data:
             raise TaskError(f"out={out} holds a sweep on other data ({load_run(path.parent).data}); use another folder")
+    check_seeds([*collect(out), *(_identity(point) for point in points)])
     for point in points:
         if not is_done(out, point):
             continue
@@ -137,6 +141,15 @@ def _check_done(config: SweepConfig, points: list[Point], out: Path) -> None:
             raise TaskError(
                 f"out={out}: {point.name} was measured with something else: {error}; or name another out= or label="
             ) from error
+
+
+def _identity(point: Point) -> dict[str, Any]:
+    """What a point's row will say of what it is."""
+    base = load_run(Path(point.run))
+    return {
+        "task": base.task, "data": Path(base.data).name, "run": run_name(point.run), "seed": base.seed,
+        "codec": point.codec, "quality": point.quality, "protocol": point.protocol,
+    }  # fmt: skip
 
 
 def _measure(
@@ -167,10 +180,17 @@ def _measure(
         workers = min(config.parallel, len(waiting))
         with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
             with sigterm_held_back():  # by processes that have no handler yet, too
+                if _told.is_set():  # before there were any to be told
+                    raise StoppedError(f"stopped before {waiting[0].name}; the same command goes on with {out}")
                 running = {pool.submit(measure_point, config, point, out): point for point in waiting}
             try:
                 for future in as_completed(running):
                     collect_one(running[future], future.result)
+            except BrokenProcessPool as error:
+                raise TaskError(
+                    f"parallel={config.parallel}: a process was ended from outside, perhaps for want of memory; the "
+                    f"same command goes on with {out}, with a smaller parallel= if need be"
+                ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -190,6 +210,7 @@ def _stop() -> None:
 
 def _start_worker(threads: int) -> None:
     """Begin a process of a sweep: what it measures listens to SIGTERM, and so does it between two points."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _listening.enter_context(on_sigterm(_told.set))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -239,7 +260,7 @@ def point_config(config: SweepConfig, point: Point, folder: Path, chosen: bool =
             options = [option for option in options if not option.startswith("num_channels=")] + [f"channels={path}"]
     own: dict[str, Any] = {
         "run": str(folder), "launcher": "local", "workers": 1, "epochs": config.epochs if adapted else 0,
-        "checkpoints": None, "cache_folder": None,
+        "checkpoints": None, "cache_folder": None, "cluster": ClusterConfig(),
         "init": None if any(option.startswith("gate=") for option in options) else point.run,
     }  # fmt: skip
     further = [*config.options, *(config.anchor_options if "input=pixels" in options else config.stream_options)]

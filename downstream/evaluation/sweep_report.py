@@ -25,8 +25,8 @@ from downstream.errors import TaskError
 from downstream.evaluation.anchors import is_anchor
 from downstream.evaluation.document import Block, Picture, Plot, Section, Table, Text, Tiles
 from downstream.evaluation.pictures import INK, axes_of, png
-from downstream.evaluation.points import point_name
-from downstream.evaluation.rate_accuracy import Curve, Delta, curves_of, deltas, rate_at
+from downstream.evaluation.points import data_of, point_name
+from downstream.evaluation.rate_accuracy import Curve, Delta, check_seeds, curves_of, deltas, rate_at
 from downstream.evaluation.sweep import OPTIONS, POINTS, TABLE
 from downstream.latent_config import LatentConfig
 from downstream.results import percent
@@ -59,10 +59,23 @@ def read_sweep(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_sweeps(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of several sweeps, those that two of them share once (TaskError: one codec's rows contradict)."""
+    """The rows of several sweeps, those that two of them share once.
+
+    Raises:
+        TaskError: one codec's rows contradict, would be averaged as seeds and are none, or are of different data sets
+            that have one name.
+    """
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    data: dict[tuple[str, str], tuple[str, str]] = {}
     for folder in folders:
         for row in read_sweep(folder):
+            if (content := data_of(row["folder"])) is not None:
+                first_content, other = data.setdefault((row["task"], row["data"]), (content, row["folder"]))
+                if content != first_content:
+                    raise TaskError(
+                        f"{other} and {row['folder']} are on different data sets, both called {row['data']}; report "
+                        "each by itself"
+                    )
             key = tuple(row[name] for name in ("task", "data", "run", "seed", "codec", "quality", "protocol"))
             first = found.setdefault(key, row)
             if any(first[name] != row[name] for name in ("value", "bpp", "bpp_payload")):
@@ -71,6 +84,7 @@ def read_sweeps(folders: Sequence[Path]) -> list[dict[str, Any]]:
                     f"{first['folder']} and {row['folder']} both are {name} of run {row['run']} and differ; they would "
                     "be averaged as seeds: sweep one with another label=, or leave it out"
                 )
+    check_seeds(found.values())
     return list(found.values())
 
 
@@ -161,8 +175,8 @@ def curve_section(task: str, data: str, rows: list[dict[str, Any]]) -> Section:
         chosen = [curve for curve in curves if curve.protocol == protocol]
         caption = (
             f"{metric} of {task} on {data}, {NAMES.get(protocol, protocol)}; bits of payloads, on a logarithmic scale. "
-            f"Means over {seeds} seed(s), bars are standard deviations. Hollow points are beaten by another one of the "
-            "same codec and are left out of BD-rates."
+            f"Means over up to {seeds} seed(s), bars are standard deviations. Hollow points are beaten by another one "
+            "of the same codec and are left out of BD-rates."
         )
         blocks.append(Plot(curves_figure(chosen, metric), caption, f"{task}_{data}_{protocol}"))
     blocks.append(point_table(rows, metric))

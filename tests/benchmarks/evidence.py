@@ -153,7 +153,11 @@ def tell(studies: list[Study], arguments: argparse.Namespace, commands: list[str
     found: dict[str, list[Curve]] = {}
     for study in studies:
         sweeps = sorted((arguments.out / study.name).glob("*/sweep_*"))
-        sweeps = [folder for folder in sweeps if (folder / "results.json").is_file()]
+        # A further seed counts once it has all points: means over different seeds are no curve.
+        sweeps = [
+            folder for folder in sweeps
+            if (folder / "results.json").is_file() and (folder.parent.name.endswith("_0") or (folder / DONE).exists())
+        ]  # fmt: skip
         folders += sweeps
         if rows := read_sweeps(sweeps):
             found[study.name] = curves_of(rows)

@@ -54,6 +54,14 @@ def test_delta__of_scaled_rates_is_the_scale(scale: float, steps: list[float]):
     assert found.rate == pytest.approx(scale - 1, rel=1e-6, abs=1e-9)
 
 
+def test_delta__points_of_different_seeds_have_a_warning():
+    points = [point._replace(seeds=(0, 1)) for point in ANCHOR.points]
+    both = Curve("anchor", "adapted", tuple(points))
+    assert not delta(both, both).warnings
+    part = Curve("codec", "adapted", (*points[:-1], points[-1]._replace(seeds=(0,))))
+    assert delta(both, part).warnings == ("points are means over different seeds; finish the sweep",)
+
+
 def test_deltas__compare_curves_of_one_protocol():
     frozen = Curve("anchor", "frozen", ANCHOR.points)
     half = curve((0.05, 0.4), (0.1, 0.5), (0.2, 0.6), (0.4, 0.7))
@@ -69,12 +77,14 @@ def test_frontier__leaves_out_what_another_point_beats():
 
 def test_curves_of__means_over_seeds_with_their_spread():
     rows = [
-        {"codec": "dicm", "protocol": "adapted", "quality": "0.5", "value": value, "bpp_payload": rate, "bpp": 9.0}
-        for value, rate in ((0.5, 0.1), (0.6, 0.3), (None, 0.2))
-    ]
+        {"codec": "dicm", "protocol": "adapted", "quality": "0.5", "seed": seed, "value": value, "bpp_payload": rate,
+         "bpp": 9.0}
+        for seed, (value, rate) in enumerate(((0.5, 0.1), (0.6, 0.3), (None, 0.2)))
+    ]  # fmt: skip
     (found,) = curves_of(rows)
     (point,) = found.points
-    assert (point.bpp, point.accuracy, point.num_seeds) == (pytest.approx(0.2), pytest.approx(0.55), 2)
+    assert (point.bpp, point.accuracy) == (pytest.approx(0.2), pytest.approx(0.55))
+    assert (point.seeds, point.num_seeds) == ((0, 1), 2)
     assert point.accuracy_spread == pytest.approx(math.sqrt(0.005))
     assert curves_of(rows, "bpp")[0].points[0].bpp == 9.0
 

@@ -2,22 +2,29 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from typer.testing import CliRunner
 
 from cluster.errors import RecipeError
+from cluster.recipes import save_config
 from downstream import finetune
 from downstream.cli import app
 from downstream.errors import StoppedError, TaskError
-from downstream.evaluation.points import points_of, resolve, run_name
-from downstream.evaluation.sweep import COLUMNS, point_config, sweep
+from downstream.evaluation import sweep as sweep_module
+from downstream.evaluation.points import SweepConfig, points_of, resolve, run_name
+from downstream.evaluation.sweep import COLUMNS, Progress, point_config, sweep
 from downstream.results import read_results
 from downstream.runs import load_run, trained_weights
 from pretrain.codec.feature_codec import FeatureCodec
@@ -154,6 +161,61 @@ def test_sweep__told_to_stop_when_a_point_is_done_it_begins_no_other(parallel: i
     assert len(sweep(config)) == 8
 
 
+def test_sweep__told_to_stop_before_there_are_processes_it_begins_none(
+    clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def save_and_tell(config: SweepConfig, path: Path) -> None:
+        save_config(config, path)
+        sweep_module._stop()
+
+    monkeypatch.setattr(sweep_module._told, "clear", lambda: None)  # the notice comes behind it
+    monkeypatch.setattr(sweep_module, "save_config", save_and_tell)
+    config = resolve("classification", [f"runs={clean}", f"out={tmp_path / 'out'}", "anchors=jpeg", "parallel=2",
+                                        "qualities=5,10", "streams=false", "protocols=frozen"])  # fmt: skip
+    try:
+        with pytest.raises(StoppedError, match="stopped before jpeg-5-frozen; the same command goes on"):
+            sweep(config)
+    finally:
+        monkeypatch.undo()
+        sweep_module._told.clear()
+    assert not list((tmp_path / "out").glob("points/*/*"))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and ") Z" not in status.read_text()
+
+
+def test_sweep__a_process_that_is_killed_is_told_in_one_line_and_the_others_end_with_their_parent(
+    clean: Path, tmp_path: Path
+):
+    given = [f"runs={clean}", f"out={tmp_path}", "anchors=jpeg", "parallel=2", "qualities=5,10,20,30,40,50,60,70",
+             "streams=false", "protocols=frozen"]  # fmt: skip
+
+    def kill_one(progress: Progress) -> None:
+        victim = multiprocessing.active_children()[0]
+        os.kill(victim.pid, signal.SIGKILL)  # type: ignore[arg-type]
+
+    with pytest.raises(TaskError, match=r"parallel=2: a process was ended from outside.*smaller parallel=") as error:
+        sweep(resolve("classification", given), kill_one)
+    assert "\n" not in str(error.value)
+    code = "import sys\nfrom downstream.cli import app\nif __name__ == '__main__': app(sys.argv[1:])"
+    (tmp_path / "main.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "main.py"), "evaluate", "classification", *given]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    before = len(list(tmp_path.glob("points/*/*/costs.json")))
+    while len(list(tmp_path.glob("points/*/*/costs.json"))) == before:
+        assert driver.poll() is None
+        time.sleep(0.05)
+    children = [int(pid) for pid in Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()]
+    driver.kill()
+    driver.wait()
+    while any(map(is_alive, children)):
+        time.sleep(0.05)  # until the time-out of a test
+
+
 def test_sweep__other_options_in_the_same_folder_are_refused(swept: Path, clean: Path):
     with pytest.raises(TaskError, match=r"epochs: 1 there, 2 here"):
         sweep(resolve("classification", [f"runs={clean}", f"out={swept}", "epochs=2", "options=lr=0.01"]))
@@ -188,6 +250,33 @@ def test_points_of__runs_of_one_seed_or_of_different_data_are_no_seeds(clean: Pa
     given = [f"runs={other}", f"out={swept}", "epochs=1", "options=lr=0.01"]
     with pytest.raises(TaskError, match=r"holds a sweep on other data \(.*colours\)"):
         sweep(resolve("classification", given))
+
+
+def test_points_of__runs_that_see_images_otherwise_are_no_seeds(clean: Path, tmp_path: Path):
+    other = shutil.copytree(clean, tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("seed: 0\n", "seed: 1\n").replace("flip: true", "flip: false"))
+    with pytest.raises(TaskError, match=r"clean and .*other differ in flip \(True, False\)"):
+        points_of(resolve("classification", [f"runs={clean},{other}", "protocols=frozen"]))
+
+
+def test_sweep__another_run_of_the_same_seed_does_not_join_what_is_there(swept: Path, clean: Path, tmp_path: Path):
+    shutil.copytree(clean, tmp_path / "other")
+    given = [f"runs={tmp_path / 'other'}", f"out={swept}", "epochs=1", "options=lr=0.01", "protocols=frozen"]
+    with pytest.raises(TaskError, match=r"dicm frozen .*of runs clean and other, which have one seed \(0\)"):
+        sweep(resolve("classification", given))
+
+
+def test_point_config__of_a_base_run_that_was_elastic_has_one_worker(clean: Path, tmp_path: Path):
+    base = shutil.copytree(clean, tmp_path / "base")
+    text = (base / "config.yaml").read_text()
+    assert "workers: 1\n" in text and "min_workers: null" in text
+    elastic = text.replace("workers: 1\n", "workers: 4\n", 1).replace("min_workers: null", "min_workers: 2")
+    (base / "config.yaml").write_text(elastic)
+    config = resolve("classification", [f"runs={base}", "anchors=jpeg:5"])
+    for point in points_of(config):
+        found = point_config(config, point, tmp_path / "point")
+        assert (found.workers, found.cluster.min_workers) == (1, None)
 
 
 def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path, codec_folder: Path, tmp_path: Path):

@@ -134,6 +134,32 @@ def test_read_sweeps__rows_of_two_sweeps_are_one_codec_s_once_or_not_at_all(swep
         read_sweeps([swept, copy])
 
 
+def changed_sweep(swept: Path, folder: Path, change: dict[str, Any], data: str | None = None) -> Path:
+    """A copy of a sweep whose rows, and whose points' data, are others."""
+    shutil.copytree(swept, folder)
+    found = [{**row, **change} for row in json.loads((folder / "results.json").read_text())]
+    (folder / "results.json").write_text(json.dumps(found))
+    if "run" in change:
+        (folder / "points" / "clean").rename(folder / "points" / change["run"])
+    for path in folder.glob("points/*/*/inputs.json") if data else ():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data": data}))
+    return folder
+
+
+def test_read_sweeps__two_runs_of_one_seed_are_not_averaged(swept: Path, tmp_path: Path):
+    other = changed_sweep(swept, tmp_path / "other", {"run": "other"})
+    with pytest.raises(TaskError, match=r"of runs clean and other, which have one seed \(0\).*a report of each"):
+        read_sweeps([swept, other])
+    seeds = changed_sweep(swept, tmp_path / "seeds", {"run": "other", "seed": 1})
+    assert len(read_sweeps([swept, seeds])) == 2 * len(read_sweep(swept))
+
+
+def test_read_sweeps__data_sets_that_share_a_name_alone_are_not_put_together(swept: Path, tmp_path: Path):
+    other = changed_sweep(swept, tmp_path / "other", {"run": "other", "seed": 1}, data="0" * 64)
+    with pytest.raises(TaskError, match="on different data sets, both called colours"):
+        read_sweeps([swept, other])
+
+
 def test_document_of__runs_on_two_data_sets_share_no_curve(clean: Path, tmp_path: Path):
     other = shutil.copytree(clean, tmp_path / "other")
     results = json.loads((other / "results.json").read_text())
