@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -29,7 +30,14 @@ FREE_KEYS = {
 
 @dataclass
 class FinetuneConfig:
-    """Everything that a fine-tune of any task on the frozen codec depends on."""
+    """Everything that a fine-tune of any task on the frozen codec depends on.
+
+    Attributes:
+        least_images: that a step, or a part of one, needs; 2 where a batch norm sees one value of each image, and one
+            image alone has no variance.
+    """
+
+    least_images: ClassVar[int] = 1
 
     codec: str | None = MISSING  # exported codec: folder or hub id; null for a task that reads other latents
     data: str = MISSING  # folder or URL (s3://, https://) with dataset.json and shards
@@ -67,7 +75,7 @@ class FinetuneConfig:
     checkpoints: str | None = None  # where they are kept: a folder or URL (s3://); RUN/checkpoints if not given
     keep_checkpoints: int = 2  # of the newest
     keep_every: int = 0  # steps; besides the newest, one checkpoint in so many is kept
-    micro_batch: int | None = None  # most images that a worker has in memory; a greater share is cut into more parts
+    micro_batch: int | None = None  # most images that a worker has in memory; a greater share is cut into equal parts
 
     def validate(self) -> None:
         """Refuse what cannot work, before any work starts (TaskError)."""
@@ -94,7 +102,7 @@ class FinetuneConfig:
         self.at_least(1, "cache_views")
         self.at_least(0, "num_workers", "seed", "weight_decay", "keep_every")
         if self.micro_batch is not None:
-            self.at_least(1, "micro_batch")
+            self.at_least(self.least_images, "micro_batch")
         self.within(0.0, 1.0, "warmup")
         if self.shard_cache_limit <= 0:
             raise TaskError(f"shard_cache_limit={self.shard_cache_limit:g} is impossible; give the cache some GiB")
@@ -155,12 +163,13 @@ def need_splits(config: FinetuneConfig, num_samples: dict[str, int], remedy: str
             raise TaskError(f"{config.data}: its {split} split is empty; build the data set again with more images")
 
 
-def need_batches(config: FinetuneConfig, num_samples: int, per_worker: int) -> None:
+def need_batches(config: FinetuneConfig, num_samples: int) -> None:
     """See that a batch fits between the workers and the training samples (TaskError)."""
     workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else config.workers
-    if not workers * per_worker <= config.batch_size <= num_samples:
+    least = workers * config.least_images
+    if not least <= config.batch_size <= num_samples:
         raise TaskError(
-            f"batch_size={config.batch_size} must lie in {workers * per_worker}..{num_samples} for "
+            f"batch_size={config.batch_size} must lie in {least}..{num_samples} for "
             f"{workers} worker(s) and the {num_samples} training samples of {config.data}"
         )
 

@@ -255,7 +255,7 @@ class Finetuner:
 
     def _forward_backward(self, module: nn.Module, batch: Any, generator: torch.Generator) -> dict[str, Any]:
         """Gradients of this rank's batch, in micro-batches where it is to be cut; the loss and what there is to log."""
-        parts = split_batch(batch, self.config.micro_batch)
+        parts = split_batch(batch, self.config.micro_batch, self.config.least_images)
         share = sum(count for _, count in parts)
         row: dict[str, Any] = {}
         for number, (part, count) in enumerate(parts):

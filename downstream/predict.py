@@ -23,7 +23,7 @@ from cluster.runtime import LocalRuntime
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
 from downstream.errors import TaskError
-from downstream.inputs import check_inputs
+from downstream.inputs import check_inputs, encoder_of
 from downstream.results import RESULTS
 from downstream.runs import load_run
 from downstream.tasks import task_class
@@ -93,7 +93,11 @@ def predict_files(
 
 
 def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
-    """The network of a complete run, ready to predict (TaskError where there is none, or it is of another task)."""
+    """The network of a complete run, ready to predict.
+
+    Raises:
+        TaskError: no complete run; one of another task; its codec or weights of latents or anchor are other ones now.
+    """
     kind = task_class(name)
     config = load_run(run)
     if config.task != name:
@@ -105,7 +109,7 @@ def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
     runtime = LocalRuntime()
     runtime.close()  # nothing is waited for here: SIGTERM is to end the command
     loaded = kind.load_codec(config, codec)
-    check_inputs(run, {} if loaded is None else {"codec": loaded.fingerprint.hex()})
+    check_inputs(run, encoder_of(config, loaded))
     task = kind(config, loaded, runtime)
     task.enter(list(config.stages(0))[-1])
     task.model.load_state_dict(store.load(step)["model"])

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ REMEDY = "build it with `dicm data build imagefolder SRC OUT --val-fraction 0.1`
 @dataclass
 class ClassificationConfig(FinetuneConfig):
     """Options of a classification."""
+
+    least_images: ClassVar[int] = 2  # the norm in front of the head
 
     task: str = "classification"
     probe: bool = False  # train the linear head alone, full batch, on features embedded once
@@ -140,7 +142,7 @@ class Classification(Task[ClassificationConfig, Any]):
         if not manifest.classes or first.get("label") is None:
             raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
         num_samples = manifest.split(config.train_split).num_samples
-        need_batches(config, num_samples, per_worker=2)
+        need_batches(config, num_samples)
         return Found(num_samples)
 
     def network(self) -> Classifier:

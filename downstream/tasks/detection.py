@@ -115,7 +115,7 @@ class Detection(LatentTask[DetectionConfig, list[Example]]):
             raise TaskError(f"{config.data} names no classes; {config.task} needs {what} with classes, {cls.remedy}")
         return survey_splits(
             config, manifest, lambda split: survey_objects(config.data, split, count, cls.masks, cache),
-            what=what, remedy=cls.remedy, per_worker=1,
+            what=what, remedy=cls.remedy,
         )  # fmt: skip
 
     def network(self) -> Detector | GatedDetector:

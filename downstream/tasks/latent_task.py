@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipeline.manifest import Manifest
 from downstream.channels import most_varied
+from downstream.errors import TaskError
 from downstream.gate import StaticGate
 from downstream.latent_config import LatentConfig
 from downstream.latents import Received
@@ -42,6 +43,16 @@ class LatentTask(Task[C, B]):
             gate_of(config, latents.channels)
             if config.gate != "none":
                 latents.need_channels()
+
+    def start_from(self, state: dict[str, Any]) -> None:
+        """As `Task`; a static gate's channels are part of the network, and other ones cannot be asked for."""
+        super().start_from(state)
+        chosen = sorted(self.config.chosen)
+        if chosen and self.front is not None and self.front.gate.choice != chosen:
+            raise TaskError(
+                f"init={self.config.init} reads other channels than channels={self.config.channels}; name that run's "
+                "own file, or leave init out"
+            )
 
     def make_source(self) -> Any:
         if self.config.reads_latents:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from downstream.errors import TaskError
 from downstream.latent_config import LatentConfig
@@ -11,6 +12,8 @@ from downstream.latent_config import LatentConfig
 @dataclass
 class SegmentationConfig(LatentConfig):
     """Options of a semantic segmentation; defaults are Liu's where he gives them."""
+
+    least_images: ClassVar[int] = 2  # the norm behind ASPP's pooling
 
     codec: str | None = None  # latents=codec: exported codec, folder or hub id
     task: str = "semantic_segmentation"
@@ -59,6 +62,11 @@ class SegmentationConfig(LatentConfig):
         """Whether gate and transform are trained by themselves first: where F_gt is compared with, in a new network."""
         return self.transform_epochs > 0 and self.distils and self.init is None
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a student is trained that starts from a teacher, or is compared with its F_gt."""
+        return self.epochs > 0 and (self.init is None or self.distils)
+
     def stages(self, num_samples: int) -> dict[str, int]:
         """The teacher first, where one is needed and none is given; the transform, where the student is a new one."""
         steps = num_samples // self.batch_size
@@ -67,6 +75,6 @@ class SegmentationConfig(LatentConfig):
         epochs = {"student": self.epochs}
         if self.begins_with_transform:
             epochs = {"transform": self.transform_epochs, **epochs}
-        if self.teacher is None:
+        if self.teacher is None and self.needs_teacher:
             epochs = {"teacher": self.teacher_epochs, **epochs}
         return {stage: count * steps for stage, count in epochs.items()}

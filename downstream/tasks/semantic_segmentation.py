@@ -93,8 +93,7 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
         cache = shard_cache_of(config)
         return survey_splits(
             config, manifest, lambda split: survey_masks(config.data, split, len(config.classes), cache),
-            # A batch norm behind ASPP's pooling sees one value of each image: one image alone has no variance.
-            what="a semantic mask", remedy=REMEDY, per_worker=2,
+            what="a semantic mask", remedy=REMEDY,
         )  # fmt: skip
 
     @classmethod

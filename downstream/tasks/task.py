@@ -264,7 +264,6 @@ def survey_splits(
     *,
     what: str,
     remedy: str,
-    per_worker: int,
 ) -> Found:
     """What both splits hold for a task, its `details` the surveys by split.
 
@@ -272,7 +271,6 @@ def survey_splits(
         survey: of a split by name.
         what: the task needs, in words.
         remedy: how to make a data set that has it.
-        per_worker: least samples in a batch for each worker.
 
     Raises:
         TaskError: a split is missing or holds nothing for the task; the batch is too large or too small.
@@ -286,7 +284,7 @@ def survey_splits(
                 f"{config.data}: no image of its {split} split has {what}{reasons}; {config.task} needs them, {remedy}"
             )
     num_samples = len(surveys[config.train_split].usable)
-    need_batches(config, num_samples, per_worker)
+    need_batches(config, num_samples)
     left_out = {f"{split}: {name}": count for split, one in surveys.items() for name, count in one.left_out.items()}
     return Found(num_samples, left_out, details=surveys)
 

@@ -23,12 +23,19 @@ NEEDED = ["codec=c", "data=d"]
         ("weight_decay=.inf", ("weight_decay=inf", "finite")),
         ("seed=99999999999999999999999", ("seed=", "2^63")),
         ("anchor=jpeg:30", ("anchor=jpeg:30", "input=pixels")),
+        ("micro_batch=1", ("micro_batch=1", "at least 2")),
     ],
 )
 def test_validate__impossible_value_is_named_with_its_remedy(option: str, words: tuple[str, ...]):
     with pytest.raises(TaskError) as caught:
         resolve("classification", [*NEEDED, option])
     assert all(word in str(caught.value) for word in words)
+
+
+def test_validate__micro_batches_of_one_image_are_for_tasks_without_statistics_of_a_batch():
+    with pytest.raises(TaskError, match=r"micro_batch=1 .* at least 2"):
+        resolve("semantic_segmentation", [*NEEDED, "micro_batch=1"])
+    assert resolve("detection", [*NEEDED, "micro_batch=1"]).micro_batch == 1
 
 
 def test_validate__anchor_none_leaves_pixels_as_they_are():

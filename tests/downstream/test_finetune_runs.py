@@ -36,6 +36,12 @@ def test_run__learns_in_every_mode(extra: Options, codec_folder: Path, colours: 
     assert results["top1"] > 0.6
 
 
+def test_run__a_batch_that_micro_batches_do_not_divide(codec_folder: Path, colours: Path, tmp_path: Path, options):
+    """Of 12 images, 11 would leave one alone, which has no variance for a batch norm."""
+    words = options(codec_folder, colours, tmp_path / "run", "epochs=1", "micro_batch=11")
+    assert run(resolve("classification", words))["images"] == 18
+
+
 @pytest.mark.slow
 def test_run__two_workers_see_each_sample_once(codec_folder: Path, colours: Path, tmp_path: Path, options):
     """Plain torch DDP; the validation images of both ranks add up to the split."""

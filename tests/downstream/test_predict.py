@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import assert_refused, dicm
 from PIL import Image
+from safetensors.torch import save_file
 from small_objects import NARROW_DETECTOR, SIZES, rectangle, rectangles, write_objects
 
 from downstream import finetune
+from downstream.compressai_latents import new_model
 from pretrain.codec.feature_codec import FeatureCodec
 
 
@@ -132,6 +134,25 @@ def test_predict__a_run_that_is_not_complete_or_of_another_codec(
     assert_refused(dicm("predict", "detection", detected, photos, *out, *other), "codec is another one now")
     moved = shutil.copytree(codec_folder, tmp_path / "moved")
     assert dicm("predict", "detection", detected, photos, *out, "--codec", moved).returncode == 0
+
+
+def test_predict__another_anchor_in_the_place_of_the_runs_is_refused(
+    codec_folder: Path, colours: Path, photos: Path, tmp_path: Path, options
+):
+    weights = tmp_path / "weights.safetensors"
+
+    def write(seed: int) -> None:
+        torch.manual_seed(seed)
+        state = new_model("bmshj2018-factorized", 1).state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, weights)
+
+    write(0)
+    anchor = ("input=pixels", "anchor=bmshj2018-factorized:1", f"anchor_weights={weights}", "epochs=1")
+    finetune.run(finetune.resolve("classification", options(codec_folder, colours, tmp_path / "run", *anchor)))
+    arguments = ("predict", "classification", tmp_path / "run", photos / "photo0.png", "-o", tmp_path / "out")
+    assert dicm(*arguments).returncode == 0
+    write(1)
+    assert_refused(dicm(*arguments), "anchor_weights is another one now")
 
 
 def test_predict__nothing_but_unusable_files_is_an_error(detected: Path, tmp_path: Path):

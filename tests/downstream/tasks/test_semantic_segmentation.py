@@ -25,6 +25,7 @@ from downstream.errors import TaskError
 from downstream.evaluation.segmentation import SegmentationMetric, class_scores, constant_scores, scores
 from downstream.gate import Gate, create_gate
 from downstream.latents import FeatureLatents
+from downstream.predict import predict_files
 from downstream.tasks.deeplab import DeepLab
 from downstream.tasks.latent_input import feature_distance
 from downstream.tasks.segmentation_config import SegmentationConfig
@@ -145,6 +146,7 @@ def test_constant_scores__are_those_of_the_most_frequent_class():
         ({"gate": "static"}, "select-channels"),
         ({"channels": "c.json"}, "gate=dynamic channels=c.json"),
         ({"epochs": 0}, "epochs=0"),
+        ({"micro_batch": 1}, "micro_batch=1"),
         ({"height": 20}, "height=20"),
         ({"lr": 0.0}, "lr=0"),
         ({"scale_min": 3.0}, "scale_min=3"),
@@ -164,6 +166,24 @@ def test_config__defaults_are_possible():
 
 def perfect(masks: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(masks, 3).permute(0, 3, 1, 2).float()
+
+
+@pytest.mark.parametrize(
+    ("values", "stages"),
+    [
+        ({}, ["teacher", "student"]),
+        ({"transform_epochs": 2}, ["teacher", "transform", "student"]),
+        ({"teacher": "t"}, ["student"]),
+        ({"init": "r"}, ["teacher", "student"]),
+        ({"init": "r", "feature_weight": 0.0}, ["student"]),  # nothing is compared with a teacher, nor begun from one
+        ({"init": "r", "epochs": 0, "transform_epochs": 2}, ["student"]),
+        ({"init": "r", "epochs": 0, "input": "pixels"}, ["pixels"]),
+    ],
+)
+def test_stages__are_those_whose_weights_are_used(values: dict[str, Any], stages: list[str]):
+    config = SegmentationConfig(codec="c", data="d", **values)
+    config.validate()
+    assert list(config.stages(16)) == stages
 
 
 def test_metric__perfect_is_one():
@@ -290,6 +310,44 @@ def test_run__latents_of_a_compressai_model(place: Path, tmp_path: Path):
     results = finetune.run(finetune.resolve("semantic_segmentation_small", overrides))
     assert results["codec"] is None and results["latents"] == "bmshj2018-hyperprior"
     assert 1 <= results["channels"] <= 192
+    image = tmp_path / "noise.png"
+    Image.fromarray(random_images(1, 64, 64)[0].permute(1, 2, 0).numpy()).save(image)
+    assert predict_files("semantic_segmentation", tmp_path / "run", [image], tmp_path / "out").num_files == 1
+    model.g_a[0].weight.mul_(2)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "w.safetensors")
+    with pytest.raises(TaskError, match="latents_weights is another one now"):
+        predict_files("semantic_segmentation", tmp_path / "run", [image], tmp_path / "out")
+
+
+def test_run__no_epochs_measure_the_network_of_another_run_and_keep_it(trained: Path, place: Path, tmp_path: Path):
+    """Nothing is trained, no teacher either; what predicts is the network that was measured."""
+    run = tmp_path / "run"
+    results = fine_tune(place / "codec", place / "scenes", run, f"init={trained}", "epochs=0")
+    assert {key: results[key] for key in ("miou", "bpp", "channels")} == {
+        key: results_of(trained)[key] for key in ("miou", "bpp", "channels")
+    }
+    assert read_rows(run / "metrics.jsonl") == [] and not (run / "teacher.pt").exists()
+    image = tmp_path / "noise.png"
+    Image.fromarray(random_images(1, 64, 64)[0].permute(1, 2, 0).numpy()).save(image)
+    found = []
+    for folder in (trained, run):
+        predict_files("semantic_segmentation", folder, [image], tmp_path / "out")
+        found.append(json.loads((tmp_path / "out" / "noise.json").read_text()))
+    assert found[0] == found[1]
+
+
+def test_run__a_static_gate_keeps_its_channels_when_another_run_goes_on(trained: Path, place: Path, tmp_path: Path):
+    def static(run: Path, channels: list[int], *more: str) -> dict[str, Any]:
+        path = tmp_path / "channels.json"
+        path.write_text(json.dumps(channels))
+        return fine_tune(place / "codec", place / "scenes", run, "gate=static", f"channels={path}", *more)
+
+    given = (f"teacher={trained / 'teacher.pt'}", "epochs=1", "transform_epochs=0")
+    results = static(tmp_path / "first", [1, 4], *given)
+    init = (f"init={tmp_path / 'first'}", "epochs=0")
+    assert static(tmp_path / "same", [4, 1], *init)["miou"] == results["miou"]
+    with pytest.raises(TaskError, match=r"init=.*first reads other channels"):
+        static(tmp_path / "other", [2, 5], *init)
 
 
 def test_run__masks_that_say_nothing_are_left_out_and_other_data_is_refused(place: Path, colours: Path, tmp_path: Path):
