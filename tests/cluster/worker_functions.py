@@ -86,6 +86,7 @@ def step_until_told(runtime: Runtime, options: Options) -> None:
     """Steps until it should stop, then says at which step it did."""
     if runtime.rank == 0:
         Path(options.folder, "pids").write_text(f"{os.getpid()}")
+    runtime.barrier()  # before any rank has begun
     for step in range(10_000):
         if runtime.should_stop:
             Path(options.folder, f"stopped_{runtime.rank}").write_text(str(step))

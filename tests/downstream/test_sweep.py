@@ -255,8 +255,10 @@ def test_points_of__runs_of_one_seed_or_of_different_data_are_no_seeds(clean: Pa
 def test_points_of__runs_that_see_images_otherwise_are_no_seeds(clean: Path, tmp_path: Path):
     other = shutil.copytree(clean, tmp_path / "other")
     text = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(text.replace("seed: 0\n", "seed: 1\n").replace("flip: true", "flip: false"))
-    with pytest.raises(TaskError, match=r"clean and .*other differ in flip \(True, False\)"):
+    (other / "config.yaml").write_text(
+        text.replace("seed: 0\n", "seed: 1\n").replace("scale_min: 0.4", "scale_min: 0.5")
+    )
+    with pytest.raises(TaskError, match=r"clean and .*other differ in scale_min \(0\.4, 0\.5\)"):
         points_of(resolve("classification", [f"runs={clean},{other}", "protocols=frozen"]))
 
 
