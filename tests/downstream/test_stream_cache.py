@@ -163,6 +163,28 @@ def test_cache_folder__that_holds_something_else_is_left_alone(codec: Path, scen
     assert {path: path.read_bytes() for path in data.iterdir()} == before
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_prepare_folder__of_two_that_begin_at_once_the_second_compares_itself_with_the_first(
+    same: bool, codec: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = config_of("detection_small", codec, scenes, tmp_path / "run")
+    folder, write = stream_cache.stream_folder(config), stream_cache.write_whole
+    folder.mkdir(parents=True)
+    (folder / ".streams.json.1").touch()  # the other is about to write
+
+    def write_second(path: Path, content: str, *, new: bool) -> None:
+        write(path, content if same else json.dumps({"rate": 1}))
+        write(path, content, new=new)
+
+    monkeypatch.setattr(stream_cache, "write_whole", write_second)
+    if same:
+        stream_cache.prepare_folder(config, {})
+    else:
+        with pytest.raises(TaskError, match="holds streams that were made otherwise"):
+            stream_cache.prepare_folder(config, {})
+        assert json.loads((folder / "streams.json").read_text()) == {"rate": 1}
+
+
 def test_cache_folder__streams_without_pixels_do_not_serve_a_loss_that_needs_them(
     codec: Path, scenes: Path, tmp_path: Path
 ):

@@ -307,6 +307,7 @@ def test_points_of__a_codec_must_have_the_base_run_s_stem_and_layer1(clean: Path
         (["runs=a", "label=a/b"], "label=a/b"),
         (["runs=a", "label=hevc"], "label=hevc"),
         (["runs=a", "options=run=b"], "options=run=b"),
+        (["runs=a", "anchor_options=[cache_folder=b]"], "anchor_options=cache_folder=b"),
         (["runs=a", "anchor_options=[epochs=3]"], "anchor_options=epochs=3"),
         (["runs=a", "stream_options=[rate=0]"], "stream_options=rate=0"),
         (["runs=a", "anchor_options=[image_size=96]"], "anchor_options=image_size=96 .*the same for all codecs"),
