@@ -146,6 +146,14 @@ def dicm(*arguments: str | Path) -> Result:
     return Result(code, stdout.getvalue(), stderr.getvalue())
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def assert_refused(result: Result, *words: str) -> None:
     """Exit code 2, one line of error at the end of stderr that holds all `words`, no traceback."""
     assert result.returncode == 2, result.stderr + result.stdout

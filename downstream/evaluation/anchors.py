@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from PIL import Image, features
 
-from downstream.compressai_latents import MODELS, create_latents, load_model, most_quality
+from downstream.compressai_latents import create_latents
+from downstream.compressai_models import MODELS, load_model, most_quality
 from downstream.errors import TaskError
 from downstream.evaluation import hevc, programs
 
@@ -113,7 +114,7 @@ class ModelAnchor(Anchor):
     """A model of CompressAI, on the CPU; its files are streams in the container of docs/bitstream.md.
 
     Args:
-        weights: `zoo`, or a file (`compressai_latents.load_model`).
+        weights: `zoo`, or a file (`compressai_models.load_model`).
     """
 
     def __init__(self, spec: AnchorSpec, weights: str):

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from torch import nn
 
 from cluster.recipes import load_config
-from downstream.compressai_latents import MODELS
+from downstream.compressai_models import MODELS
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import AnchorSpec, check_anchor, is_anchor
 from downstream.inputs import read_inputs

@@ -88,7 +88,7 @@ class Delta:
 
 
 def check_seeds(rows: Iterable[dict[str, Any]]) -> None:
-    """Refuse (TaskError) rows that would be averaged as seeds and are none: of two runs of one seed, or one twice."""
+    """Refuse (TaskError) rows that would be averaged as seeds and are none: of two runs of one seed."""
     runs: dict[tuple[Any, ...], str] = {}
     for row in rows:
         key = tuple(row[name] for name in ("task", "data", "codec", "quality", "protocol", "seed"))

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from data_pipeline.loader import CanvasBatch, eval_loader, train_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
-from downstream.compressai_latents import LAMBDAS, MODELS, create_latents, level_of, most_quality, new_model
+from downstream.compressai_latents import create_latents
+from downstream.compressai_models import LAMBDAS, MODELS, level_of, most_quality, new_model
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.files import write_file

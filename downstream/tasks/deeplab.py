@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
-from downstream.compressai_latents import checkpoint_fault
+from downstream.compressai_models import checkpoint_fault
 from downstream.errors import TaskError
 from pretrain.codec.backbone import Backbone
 from pretrain.codec.config import validate_backbone

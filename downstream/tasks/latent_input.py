@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from downstream.compressai_latents import create_latents, load_model
+from downstream.compressai_latents import create_latents
+from downstream.compressai_models import load_model
 from downstream.errors import TaskError
 from downstream.gate import Gate, StaticGate, create_gate
 from downstream.grouping import in_groups, pad_features

@@ -23,7 +23,8 @@ from rich.table import Table
 from data_pipeline.manifest import Manifest
 from data_pipeline.samples import picture_of, to_tensor
 from data_pipeline.shards import ShardReader
-from downstream.compressai_latents import CompressAILatents, create_latents, load_model
+from downstream.compressai_latents import CompressAILatents, create_latents
+from downstream.compressai_models import load_model
 from downstream.latents import FeatureLatents, LatentCodec
 from pretrain.codec.feature_codec import FeatureCodec
 

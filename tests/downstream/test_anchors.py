@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from downstream.compressai_latents import new_model
+from downstream.compressai_models import new_model
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import check_anchor, create_anchor, through
 

@@ -9,7 +9,8 @@ from compressai.zoo import image_models
 from safetensors.torch import save_file
 from small_codecs import random_images
 
-from downstream.compressai_latents import CompressAILatents, Predicted, SeparableLatents, create_latents, load_model
+from downstream.compressai_latents import CompressAILatents, Predicted, SeparableLatents, create_latents
+from downstream.compressai_models import load_model
 from downstream.errors import TaskError
 from pretrain.codec import bitstream
 from pretrain.codec.backbone import pad_to

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from small_objects import NARROW_DETECTOR, SIZES, rectangle, rectangles, write_objects
 
 from downstream import finetune
-from downstream.compressai_latents import new_model
+from downstream.compressai_models import new_model
 from pretrain.codec.feature_codec import FeatureCodec
 
 

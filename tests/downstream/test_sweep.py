@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, is_alive
 from typer.testing import CliRunner
 
 from cluster.errors import RecipeError
@@ -179,12 +179,6 @@ def test_sweep__told_to_stop_before_there_are_processes_it_begins_none(
         monkeypatch.undo()
         sweep_module._told.clear()
     assert not list((tmp_path / "out").glob("points/*/*"))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and ") Z" not in status.read_text()
 
 
 def test_sweep__a_process_that_is_killed_is_told_in_one_line_and_the_others_end_with_their_parent(
