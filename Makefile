@@ -1,16 +1,13 @@
-# `make demo` and `make test` need Python 3.11 or 3.12, git and make; they install everything else into .venv.
+# `make demo` and `make test` need Python 3.11 or newer, git and make; they install everything else into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint types floors check clean
+.PHONY: install demo test smoke lint types floors check clean
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 13) or sys.exit("dicm needs Python 3.11 or 3.12, this is " + sys.version.split()[0] + "; run: make PYTHON=python3.12 <target>")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' constraints.txt)"
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt --group dev -e '.[anchors,export]'
+.venv/installed: pyproject.toml constraints.txt .ci/install.py
+	@$(PYTHON) .ci/install.py
 	@touch $@
 
 demo: install
@@ -18,6 +15,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25
+
+# What a second version of Python has to show: every module is imported, an image goes through a codec, networks train.
+smoke: install
+	$(BIN)/python -m pytest tests/test_smoke.py
 
 lint: install
 	$(BIN)/ruff check .

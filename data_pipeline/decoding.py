@@ -11,6 +11,7 @@ import io
 import warnings
 
 import cv2
+import cv2.utils.logging as opencv_logging
 import numpy as np
 import PIL.Image
 import simplejpeg
@@ -29,7 +30,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 EXIF_MARKS = {True: (b"Exif\x00\x00",), False: (b"eXIf", b"EXIF")}
 
 # OpenCV prints a warning on damaged files, for which we raise an error with the sample's name.
-cv2.setLogLevel(2)
+opencv_logging.setLogLevel(opencv_logging.LOG_LEVEL_ERROR)
 
 
 def decode_image(data: bytes, size: int | None = None) -> np.ndarray:
