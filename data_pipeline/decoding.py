@@ -11,7 +11,6 @@ import io
 import warnings
 
 import cv2
-import cv2.utils.logging as opencv_logging
 import numpy as np
 import PIL.Image
 import simplejpeg
@@ -26,11 +25,12 @@ MAX_PIXELS = 178_956_970
 ORIENTATION_TAG = 0x0112
 JPEG_START = b"\xff\xd8\xff"
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+LOG_LEVEL_ERROR = 2  # of OpenCV
 # What an EXIF block opens with, by whether the file is a JPEG; the others are PNG and WebP.
 EXIF_MARKS = {True: (b"Exif\x00\x00",), False: (b"eXIf", b"EXIF")}
 
 # OpenCV prints a warning on damaged files, for which we raise an error with the sample's name.
-opencv_logging.setLogLevel(opencv_logging.LOG_LEVEL_ERROR)
+getattr(cv2.utils, "logging", cv2).setLogLevel(LOG_LEVEL_ERROR)  # where OpenCV 5 has it, and where OpenCV 4 does
 
 
 def decode_image(data: bytes, size: int | None = None) -> np.ndarray:

@@ -151,7 +151,7 @@ def _annotate(pixels: np.ndarray, masks: np.ndarray, kinds: list[int], areas: np
     for i, kind in enumerate(kinds):
         semantic[masks[i]] = kind + 1 if i in seen else IGNORE
     boxes = []
-    for i in seen:
+    for i in map(int, seen):
         x, y, width, height = cv2.boundingRect(masks[i].astype(np.uint8))
         boxes.append([x, y, x + width, y + height])
     encoded = [rle.encode(np.asfortranarray(masks[i].astype(np.uint8))) for i in seen]

@@ -30,9 +30,7 @@ def need_av() -> Any:
 
         av.Codec("libx265", "w")
     except (ImportError, ValueError) as error:
-        raise TaskError(
-            f"HEVC needs PyAV with x265 ({error}); install it with `pip install -c constraints.txt -e .[anchors]`"
-        ) from error
+        raise TaskError(f"HEVC needs PyAV with x265 ({error}); install it with pip install 'dicm[anchors]'") from error
     return av
 
 

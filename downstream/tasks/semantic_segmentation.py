@@ -29,6 +29,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from data_pipeline.errors import SampleError
 from data_pipeline.manifest import Manifest
 from data_pipeline.masks import MaskDataset, TrainingCrops, survey_masks
 from data_pipeline.samples import once, training_loader
@@ -341,4 +342,8 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def _decoded(data: bytes, mode: int) -> np.ndarray:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+    """Pixels of a PNG (SampleError where it is damaged)."""
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
+    if pixels is None:
+        raise SampleError(f"not a PNG that can be decoded ({len(data)} bytes); build the data set or the cache again")
+    return pixels
