@@ -28,7 +28,7 @@ class CleanBoxes(NamedTuple):
 def clean_boxes(boxes: Sequence[Sequence[float]], width: int, height: int) -> CleanBoxes:
     """Clip boxes (x0, y0, x1, y1) to an image of width x height pixels and drop those left without area."""
     given = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    finite: np.ndarray = np.isfinite(given).all(axis=1)
+    finite = np.logical_and.reduce(np.isfinite(given), axis=1)
     given = np.where(finite[:, None], given, 0).round(DECIMALS)
     limits = np.array([width, height, width, height], dtype=np.float64)
     inside = np.clip(given, 0, limits)

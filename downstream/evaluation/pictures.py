@@ -13,9 +13,16 @@ from downstream.results import metric_titles
 from pretrain.feature_picture import feature_picture
 
 INK = "#808890"  # readable on light and on dark ground
-SERIES = {"codec": "#2f7ed8", "jpeg": "#d9822b", "webp": "#9467bd", "avif": "#c23b6b", "clean pixels": "#59a14f"}
-OTHERS = ("#17a2b8", "#8c6d31", "#e15759", "#7f7f7f")  # for codecs of other names
-MARKERS = {"codec": "o", "jpeg": "s", "webp": "^", "avif": "D"}
+SERIES = {
+    "codec": "#2f7ed8",
+    "jpeg": "#d9822b",
+    "webp": "#9467bd",
+    "avif": "#c23b6b",
+    "hevc": "#17a2b8",
+    "clean pixels": "#59a14f",
+}
+OTHERS = ("#6b8e23", "#8c6d31", "#e15759", "#7f7f7f")  # for codecs of other names
+MARKERS = {"codec": "o", "jpeg": "s", "webp": "^", "avif": "D", "hevc": "v"}
 
 
 def pca_picture(features: Tensor, size: int) -> Tensor:
@@ -28,10 +35,15 @@ def png(image: Tensor) -> bytes:
     return encode_png(image.contiguous()).numpy().tobytes()
 
 
-def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
-    """Accuracy over bits per pixel, a line for each codec; clean pixels as a level line."""
+def rate_accuracy_figure(results: list[dict[str, Any]], rate_key: str) -> Figure:
+    """Accuracy over bits per pixel, a line for each codec; clean pixels as a level line.
+
+    Args:
+        rate_key: `bpp_payload`, or `bpp` with every byte of a file.
+    """
     metric, title = next(iter(metric_titles(results[0]).items()))
-    figure, axes = axes_of("bits per pixel of the validation images, whole files", f"{title}, %")
+    counted = {"bpp": "whole files", "bpp_payload": "payload"}[rate_key]
+    figure, axes = axes_of(f"bits per pixel of the validation images, {counted}", f"{title}, %")
     others = iter(OTHERS)
     for name, rows in grouped(results).items():
         colour = SERIES.get(name) or next(others, INK)
@@ -41,15 +53,16 @@ def rate_accuracy_figure(results: list[dict[str, Any]]) -> Figure:
             axes.annotate("clean pixels", (1, accuracies[0]), xycoords=("axes fraction", "data"),
                           xytext=(-4, 4), textcoords="offset points", ha="right", color=colour)  # fmt: skip
             continue
-        rates = [row["bpp"] for row in rows]
+        rows = sorted(rows, key=lambda row: row[rate_key])
+        accuracies = [100 * (row[metric] or 0.0) for row in rows]
+        rates = [row[rate_key] for row in rows]
         axes.plot(rates, accuracies, color=colour, marker=MARKERS.get(name, "o"), linewidth=1.8, label=name)
-        for i, (rate, accuracy, row) in enumerate(zip(rates, accuracies, rows, strict=True)):
-            style = {"color": colour, "fontsize": 9, "textcoords": "offset points"}
-            # Below and above in turn, beside a curve that rises: texts cover neither it nor those of near points.
-            offset, align = (((6, -12), "left"), ((-2, 8), "right"))[i % 2]
-            axes.annotate(row["anchor"] or f"{rate:.3f} bpp", (rate, accuracy), xytext=offset, ha=align, **style)
+        for rate, accuracy, row in zip(rates, accuracies, rows, strict=True):
+            if row["anchor"]:  # its quality
+                axes.annotate(row["anchor"].partition(":")[2], (rate, accuracy), xytext=(5, -12), color=colour,
+                              fontsize=9, textcoords="offset points")  # fmt: skip
     axes.set_xlim(left=0)
-    _from_zero(axes)
+    axes.set_ylim(bottom=max(0.0, 10 * (axes.dataLim.ymin // 10)), top=axes.dataLim.ymax + 4)
     axes.legend(frameon=False, labelcolor=INK)
     return figure
 

@@ -70,17 +70,19 @@ class Report:
             "Accuracy over rate",
             [
                 Plot(
-                    rate_accuracy_figure(self.results),
-                    f"{headline} on what is decoded from the codec's streams, and on pixels decoded from other codecs. "
-                    "Further left and higher is better.",
+                    rate_accuracy_figure(self.results, "bpp_payload"),
+                    f"{headline} on what is decoded from the codec's streams, and on pixels decoded from other codecs, "
+                    "over the bits of payloads: without headers, and for pixel codecs without what a file of one flat "
+                    "colour has too. Numbers are qualities. Further left and higher is better." + _noise(self.results),
                     "accuracy",
                 ),
-                Table(["input", *titles], rows),
-                Text(
-                    "Whole files count every byte. Payload leaves out headers, and for pixel codecs what a file of one "
-                    "flat colour has too.",
-                    soft=True,
+                Plot(
+                    rate_accuracy_figure(self.results, "bpp"),
+                    "The same over whole files, with every byte. Files of small images are mostly headers: compare "
+                    "codecs by the payload.",
+                    "accuracy_files",
                 ),
+                Table(["input", *titles], rows),
             ],
         )
 
@@ -227,6 +229,14 @@ def report_of_sweeps(
     if pretraining is not None and (guided := guidance_section(pretraining)) is not None:
         sections.append(guided)
     return Document("Rate and accuracy", LEAD, [*sections, facts_section({}, commands or [])])
+
+
+def _noise(results: list[dict[str, Any]]) -> str:
+    """What chance does to fractions of correct images: their binomial standard error, in points."""
+    if "top1" not in results[0]:
+        return ""
+    error = max((row["top1"] * (1 - row["top1"]) / row["images"]) ** 0.5 for row in results)
+    return f" The standard error of an accuracy is up to {100 * error:.1f} points."
 
 
 def _label(row: dict[str, Any]) -> str:
