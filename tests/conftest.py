@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parent.parent
 NARROW = [
+    "codec.backbone=test_resnet",  # timm's own for tests: one block a layer, 0.4 M parameters
     "codec.re_channels=16", "codec.re_latent=16", "codec.re_depths=[1,1,1]", "codec.transform_channels=16",
     "codec.latent_channels=16", "codec.hyper_dim=24", "codec.hyper_heads=2", "codec.hyper_head_dim=12",
     "codec.z_channels=8", "ssl.queue=64", "ssl.hidden_dim=32", "ssl.dim=16", "ssl.heatmap.warmup=0",
@@ -38,6 +39,8 @@ settings.load_profile("shared")
 
 # Read when OpenMP starts: waiting threads give their core away, and several test processes share two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Ray gives its workers the lowest share of a core; beside another test process they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import smoke
 from PIL import Image
 
 from data_pipeline.cache import ShardCache
@@ -155,15 +156,26 @@ def memory(folder: Path, epochs: int) -> tuple[list[float], int]:
     return resident, loader.fetched_bytes // size - kept
 
 
-def main() -> None:
-    """Measure, print, write."""
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--damaged", "6", "--shards", "16", "--shard-samples", "32", "--epochs", "2"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--damaged", type=int, default=400)
     parser.add_argument("--shards", type=int, default=256)
     parser.add_argument("--shard-samples", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = smoke.parse(create_parser(), small)
     random.seed(0)
     with tempfile.TemporaryDirectory() as name:
         found = found_damage(Path(name) / "damage", options.damaged)

@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import smoke
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -31,6 +33,7 @@ from data_pipeline.views import normalize
 from pretrain.codec import bitstream
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.hyperprior import HyperSynthesis
 from pretrain.codec.memory import keep_freed_memory
 from pretrain.codec.precision import has_bfloat16
 from pretrain.run import resolve
@@ -41,13 +44,14 @@ TILE = 256
 CONSOLE = Console(width=120)
 
 
-def create_parser(description: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
+def common_parser(description: str | None, parts: Iterable[str]) -> argparse.ArgumentParser:
     """Options that both scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images, searched through")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    smoke.add_option(parser)
     return parser
 
 
@@ -89,10 +93,11 @@ def resized(image: Tensor, height: int, width: int) -> Tensor:
     return image[:, top : top + height, left : left + width].contiguous()
 
 
-def measure_rate(codec: FeatureCodec, images: list[Tensor]) -> dict[str, Any]:
+def measure_rate(codec: FeatureCodec, images: list[Tensor], most_pixels: int) -> dict[str, Any]:
     """Bytes against estimate and header, an entry for each image and size; the guard's share of all bytes."""
     entries, guard_bytes, all_bytes = [], 0, 0
-    for image in [*images, *(resized(images[0], *size) for size in SIZES)]:
+    crops = [resized(images[0], *size) for size in SIZES if size[0] * size[1] <= most_pixels]
+    for image in [*images, *crops]:
         stream = codec.encode(image)
         with torch.inference_mode():
             estimate = float(codec(normalize(image[None].float() / 255)).bits) / 8
@@ -140,11 +145,11 @@ def measure_symbols(codec: FeatureCodec, images: list[Tensor]) -> dict[str, int]
     """How many images decode to other symbols under each disturbance; a failed digest counts."""
     streams = [codec.encode(image) for image in images]
     expected = [codec.decode_latents([stream]) for stream in streams]
-    threads, forward = torch.get_num_threads(), codec._ready().h_s.forward
+    threads, forward = torch.get_num_threads(), type(codec.h_s).forward
     generator = torch.Generator().manual_seed(0)
 
-    def disturbed(z_hat: Tensor) -> tuple[Tensor, Tensor]:
-        means, scales = forward(z_hat)
+    def disturbed(h_s: HyperSynthesis, z_hat: Tensor) -> tuple[Tensor, Tensor]:
+        means, scales = forward(h_s, z_hat)
         noise = 2 * torch.rand(scales.shape, generator=generator, dtype=scales.dtype) - 1
         return means, scales * (1 + 0.99 * codec.config.guard * noise)
 
@@ -163,9 +168,8 @@ def measure_symbols(codec: FeatureCodec, images: list[Tensor]) -> dict[str, int]
         torch.set_num_threads(count)
         figures[f"{count} threads"] = changed()
     torch.set_num_threads(threads)
-    codec._ready().h_s.forward = disturbed  # type: ignore[method-assign]
-    figures["scales off by the guard"] = changed()
-    codec._ready().h_s.forward = forward  # type: ignore[method-assign]
+    with patch.object(type(codec.h_s), "forward", disturbed):  # the coder has a copy of its own
+        figures["scales off by the guard"] = changed()
     codec.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     figures["contiguous"] = changed()
     codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -209,22 +213,39 @@ def measure_variants(codec: FeatureCodec, images: list[Tensor]) -> dict[str, dic
     return figures
 
 
-PARTS = {"rate": measure_rate, "symbols": measure_symbols, "variants": measure_variants}
+PARTS = ("rate", "symbols", "variants")
+
+
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    pictures = smoke.photos(folder, width=TILE + 32)
+    return ["--data", str(pictures), "--codec", str(smoke.codec(folder)), "--most-pixels", "5000", "--threads", "1"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
+    parser = common_parser(__doc__, PARTS)
+    parser.add_argument("--codec", help="exported codec; without it the authors' widths")
+    parser.add_argument("--limit", type=int, default=12, help="number of images")
+    parser.add_argument("--most-pixels", type=int, default=1 << 22, help="of the crops of part rate")
+    return parser
 
 
 def main() -> None:
     """Measure, print, write the figures."""
-    parser = create_parser(__doc__, PARTS)
-    parser.add_argument("--codec", help="exported codec; without it the authors' widths")
-    parser.add_argument("--limit", type=int, default=12, help="number of images")
-    options = parser.parse_args()
+    options = smoke.parse(create_parser(), small)
     images = begin(options, options.limit)
     codec = (
         FeatureCodec.from_pretrained(options.codec)
         if options.codec
         else our_codec("dicm", resized(images[0], 512, 768))
     )
-    figures = {part: PARTS[part](codec, images) for part in options.only}
+    parts: dict[str, Callable[[], Any]] = {
+        "rate": lambda: measure_rate(codec, images, options.most_pixels),
+        "symbols": lambda: measure_symbols(codec, images),
+        "variants": lambda: measure_variants(codec, images),
+    }
+    figures = {part: parts[part]() for part in options.only}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -4,10 +4,10 @@
 
 PHOTOS is searched for an image. Parts, each with a table of its own and its figures in --json under its name:
 
-    speed    512 x 768: encode, share of entropy coding, bytes to the input of layer2; multiply-adds; a profile
-    memory   peak of encoding 1024 x 2048, each codec in a process of its own
-    growth   encoding time per pixel from 256 x 256 to 2048 x 2048
-    contexts 512 x 768, recipe `evidence`: what context models take of time
+    speed    --size: encode, share of entropy coding, bytes to the input of layer2; multiply-adds; a profile
+    memory   peak of encoding --large, each codec in a process of its own
+    growth   encoding time per pixel at squares of --sides
+    contexts --size, recipe `evidence`: what context models take of time
 
 The first three are of the authors' widths (recipe dicm_resnet50) and of recipe `fast`. All have random weights whose
 latents are scaled to a deviation of one, as are CompressAI's: times depend on how many symbols there are and hardly
@@ -18,17 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import smoke
 import torch
-from codec import CONSOLE, begin, create_parser, our_codec, resized
+from codec import CONSOLE, begin, common_parser, our_codec, resized
 from compressai.zoo import bmshj2018_hyperprior, mbt2018_mean
 from rich.table import Table
 from torch import Tensor, nn
@@ -36,12 +36,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.views import normalize
+from pretrain.codec import bitstream
+from pretrain.codec.backbone import crop_to
+from pretrain.codec.coder import LATENT_STRIDE, Z_STRIDE, StreamCoder, guarded
 from pretrain.codec.config import CONTEXTS
+from pretrain.codec.entropy import CoderTables
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.symbols import Part, SymbolDecoder, encode_symbols
 
 PARTS = ("speed", "memory", "growth", "contexts")
 OURS = ("dicm", "dicm bf16", "fast", "fast bf16")
-THEIRS = {"mbt2018-mean": mbt2018_mean, "bmshj2018-hyperprior": bmshj2018_hyperprior}
+BASE = "mbt2018-mean"
+THEIRS = {BASE: mbt2018_mean, "bmshj2018-hyperprior": bmshj2018_hyperprior}
 
 
 class TheirCodec(nn.Module):
@@ -88,10 +94,28 @@ def milliseconds(function: Callable[[], Any], repeat: int) -> float:
     return statistics.median(times)
 
 
-def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
-    """Times and multiply-adds of one image of 512 x 768."""
+def symbols_of(codec: FeatureCodec, stream: bytes) -> list[Part]:
+    """What the entropy coder was given for a stream of one layer: tables, symbols and indexes of z and of y2."""
+    tables = CoderTables.build(codec.entropy)
+    coder = StreamCoder(codec.config, codec.entropy, codec.h_s, None, None, tables, codec.fingerprint)
+    info, (layer,) = bitstream.unpack(stream, codec.fingerprint)
+    height, width = (-(-side // Z_STRIDE) for side in (info.height, info.width))
+    z_indexes = torch.arange(coder.z_channels, dtype=torch.int32).repeat_interleave(height * width)
+    places = -(-info.height // LATENT_STRIDE) * -(-info.width // LATENT_STRIDE)
+    reader = SymbolDecoder(layer.payload, z_indexes.numel() + places * coder.latent_channels)
+    z_symbols = reader.read(tables.z, z_indexes)
+    predicted = coder.predict(z_symbols.view(1, -1, height, width), [None])
+    y2_indexes = guarded(crop_to(predicted.indexes[0], info.height, info.width, LATENT_STRIDE).flatten(), layer)
+    parts = [(tables.z, z_symbols, z_indexes), (tables.y2, reader.read(tables.y2, y2_indexes), y2_indexes)]
+    assert encode_symbols(parts) == layer.payload
+    return parts
+
+
+def measure_speed(image: Tensor, codecs: Sequence[str], repeat: int) -> dict[str, Any]:
+    """Times and multiply-adds of one image, of our codecs and of theirs."""
     figures: dict[str, Any] = {}
-    for name in (*OURS, *THEIRS):
+    ours = [name for name in codecs if name in OURS]
+    for name in codecs:
         codec = create(name, image)
         stream = codec.encode(image)
         row = {
@@ -101,23 +125,14 @@ def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
             "decode_gmac": gmac(lambda c=codec, s=stream: c.decode(s)),
         }
         if isinstance(codec, FeatureCodec):
-            with codec._coding(), torch.inference_mode():
-                y2, z = (latent.float() for latent in codec.analyse(normalize(image[None].float() / 255)))
-            coder = codec._ready()
-            symbols = (
-                coder.predict(torch.zeros_like(z).int(), [None]),
-                torch.round(z)[0].int(),
-                torch.round(y2)[0].int(),
-            )
-            predicted, z_symbols, y2_symbols = symbols
-            layers = (z_symbols, y2_symbols, predicted.indexes[0], predicted.close[0])
-            row["coding_ms"] = milliseconds(lambda c=coder, p=layers: c._layers(*p), repeat)
+            parts = symbols_of(codec, stream)
+            row["coding_ms"] = milliseconds(lambda p=parts: encode_symbols(p), repeat)
         figures[name] = row
-        if name == "dicm":
+        if name == ours[0]:
             figures["profile"] = profiled(lambda c=codec: c.encode(image))
     table = Table("codec", "encode ms", "to layer2 ms", "coding ms", "share", "encode GMAC", "decode GMAC",
-                  title="speed at 512 x 768, medians")  # fmt: skip
-    for name in (*OURS, *THEIRS):
+                  title=f"speed at {image.shape[1]} x {image.shape[2]}, medians")  # fmt: skip
+    for name in codecs:
         row = figures[name]
         coding = row.get("coding_ms")
         table.add_row(
@@ -126,13 +141,11 @@ def measure_speed(image: Tensor, repeat: int) -> dict[str, Any]:
             f"{row['decode_gmac']:.1f}",
         )  # fmt: skip
     CONSOLE.print(table)
-    for name in OURS:
-        ratios = {
-            key: figures[name][f"{key}_ms"] / figures["mbt2018-mean"][f"{key}_ms"] for key in ("encode", "decode")
-        }
+    for name in ours if BASE in codecs else ():
+        ratios = {key: figures[name][f"{key}_ms"] / figures[BASE][f"{key}_ms"] for key in ("encode", "decode")}
         figures[name]["ratios"] = ratios
-        print(f"{name} over mbt2018-mean: encode {ratios['encode']:.2f}, bytes to layer2 {ratios['decode']:.2f}")
-    print(figures["profile"])
+        print(f"{name} over {BASE}: encode {ratios['encode']:.2f}, bytes to layer2 {ratios['decode']:.2f}")
+    print(figures.get("profile", ""))
     return figures
 
 
@@ -150,50 +163,54 @@ def profiled(function: Callable[[], Any]) -> str:
     return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=48)
 
 
-def measure_memory(data: Path) -> dict[str, float]:
-    """Peak MiB above what the loaded codec takes, of encoding 1024 x 2048; `tile` is ours in tiles of 512."""
-    figures = {}
-    for name, tile in (("dicm", 0), ("dicm bf16", 0), ("dicm", 512), ("fast", 0), ("mbt2018-mean", 0)):
-        command = [sys.executable, __file__, "--data", str(data), "--peak-of", name, "--tile", str(tile)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        figures[name + (" tile" if tile else "")] = float(out.splitlines()[-1])
-    table = Table("codec", "MiB", title="memory: peak of encoding 1024 x 2048, above the loaded codec")
+def measure_memory(options: argparse.Namespace) -> dict[str, float]:
+    """Peak MiB above what the loaded codec takes, of encoding; `tile` is ours in tiles of 512."""
+    context, figures = multiprocessing.get_context("forkserver"), {}
+    for name, tile in (("dicm", 0), ("dicm bf16", 0), ("dicm", 512), ("fast", 0), (BASE, 0)):
+        if name in options.codecs:
+            with context.Pool(1) as pool:
+                figures[name + (" tile" if tile else "")] = pool.apply(peak_of, (name, tile, options))
+    table = Table(
+        "codec", "MiB", title="memory: peak of encoding {} x {}, above the loaded codec".format(*options.large)
+    )
     for name, value in figures.items():
         table.add_row(name, f"{value:.0f}")
     CONSOLE.print(table)
     return figures
 
 
-def peak_of(name: str, image: Tensor, tile: int) -> float:
-    """Peak MiB of this process while `name` encodes, above what it had before."""
+def peak_of(name: str, tile: int, options: argparse.Namespace) -> float:
+    """Peak MiB of this process, which has done nothing yet, while `name` encodes, above what it had before."""
+    (image,) = begin(options, 1)
     codec = create(name, resized(image, 256, 256))
     codec.encode(resized(image, 64, 64))
-    large = resized(image, 1024, 2048)
+    large = resized(image, *options.large)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     codec.encode(large, **({"tile": tile} if tile else {}))
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def measure_growth(image: Tensor) -> dict[str, float]:
+def measure_growth(image: Tensor, name: str, sides: Sequence[int]) -> dict[str, float]:
     """Nanoseconds a pixel of encoding, by side; decoding beside it."""
-    codec = our_codec("dicm", resized(image, 256, 256))
+    codec = our_codec(name, resized(image, 256, 256))
     figures: dict[str, float] = {}
     table = Table("side", "encode ns/pixel", "decode ns/pixel", title="growth")
-    for side, repeat in ((256, 9), (512, 5), (1024, 3), (2048, 1)):
-        picture = resized(image, side, side)
+    for side in sides:
+        picture, repeat = resized(image, side, side), max(1, min(9, 3000 // side))
         stream = codec.encode(picture)
         encode = 1e6 * milliseconds(lambda p=picture: codec.encode(p), repeat) / side**2
         decode = 1e6 * milliseconds(lambda s=stream: codec.decode(s), repeat) / side**2
         figures[f"encode_{side}"], figures[f"decode_{side}"] = encode, decode
         table.add_row(str(side), f"{encode:.0f}", f"{decode:.0f}")
     CONSOLE.print(table)
-    ratio = figures["encode_2048"] / figures["encode_256"]
-    print(f"per pixel, 2048 over 256: encode {ratio:.2f}, decode {figures['decode_2048'] / figures['decode_256']:.2f}")
+    first, last = sides[0], sides[-1]
+    encode, decode = (figures[f"{key}_{last}"] / figures[f"{key}_{first}"] for key in ("encode", "decode"))
+    print(f"per pixel, {last} over {first}: encode {encode:.2f}, decode {decode:.2f}")
     return figures
 
 
 def measure_contexts(image: Tensor, repeat: int) -> dict[str, dict[str, float]]:
-    """Times of one image of 512 x 768 by context model."""
+    """Times of one image by context model."""
     figures: dict[str, dict[str, float]] = {}
     table = Table("context", "encode ms", "decode ms", "encode over none", "decode over none", title="context models")
     for context in CONTEXTS:
@@ -210,22 +227,34 @@ def measure_contexts(image: Tensor, repeat: int) -> dict[str, dict[str, float]]:
     return figures
 
 
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    sizes = ["--size", "64", "64", "--large", "64", "128", "--sides", "64", "128"]
+    return ["--data", str(smoke.photos(folder, 1)), *sizes, "--codecs", "fast", BASE, "--repeat", "1", "--threads", "1"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
+    parser = common_parser(__doc__, PARTS)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument(
+        "--codecs", nargs="+", choices=(*OURS, *THEIRS), default=[*OURS, *THEIRS], help="all by default"
+    )
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 768), metavar=("H", "W"), help="multiples of 64")
+    parser.add_argument("--large", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"), help="multiples of 64")
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024, 2048])
+    return parser
+
+
 def main() -> None:
     """Measure, print, write the figures."""
-    parser = create_parser(__doc__, PARTS)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    parser.add_argument("--tile", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = smoke.parse(create_parser(), small)
     (image,) = begin(options, 1)
-    if options.peak_of:
-        print(peak_of(options.peak_of, image, options.tile))
-        return
-    standard = resized(image, 512, 768)
+    standard = resized(image, *options.size)
     parts: dict[str, Callable[[], Any]] = {
-        "speed": lambda: measure_speed(standard, options.repeat),
-        "memory": lambda: measure_memory(options.data),
-        "growth": lambda: measure_growth(image),
+        "speed": lambda: measure_speed(standard, options.codecs, options.repeat),
+        "memory": lambda: measure_memory(options),
+        "growth": lambda: measure_growth(image, options.codecs[0], options.sides),
         "contexts": lambda: measure_contexts(standard, options.repeat),
     }
     figures = {part: parts[part]() for part in options.only}

@@ -17,12 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent))  # a test runs this file, too
+
+import smoke
 import torch
 from compressai.zoo import image_models
 from rich.console import Console
@@ -179,8 +183,13 @@ def pooled(rows: Sequence[Row], part: str) -> float:
     return statistics.median(seconds for row in rows for seconds in row.clock.seconds[part])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--size", "64", "128", "--backbone", "resnet18", "--repeat", "1", "--threads", "1"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", type=Path, help="its middle is taken; smooth noise where none is given")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("H", "W"), help="multiples of 64")
@@ -190,7 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
+    smoke.add_option(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = create_parser()
+    options = smoke.parse(parser, small, arguments)
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     height, width = options.size

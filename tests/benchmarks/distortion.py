@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import smoke
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +38,13 @@ LAYERS = ("f3", "layer2", "layer3", "layer4")
 CPU = torch.device("cpu")
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return [str(smoke.scenes(folder)), str(smoke.codec(folder)), "--anchors", "jpeg:10", "--limit", "2"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data")
     parser.add_argument("codecs", nargs="+", type=Path)
@@ -45,7 +52,12 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--limit", type=int, default=100, help="most images, evenly spread; %(default)s")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
 
     reader = ShardReader(arguments.data, Manifest.load(arguments.data).split(arguments.split))
     every = -(-len(reader) // arguments.limit)

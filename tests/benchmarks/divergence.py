@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import smoke
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -30,13 +31,25 @@ from pretrain.codec.feature_codec import FeatureCodec
 BATCH = 250
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    data, narrow = smoke.scenes(folder), smoke.codec(folder)
+    return [str(smoke.classification(folder / "run", narrow, data, "input=pixels")), str(narrow), "--limit", "4"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("codecs", nargs="+", type=Path)
     parser.add_argument("--limit", type=int, default=1500, help="most training images, evenly spread; %(default)s")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
 
     task = load_task("classification", arguments.run)
     config, network = task.config, task.model

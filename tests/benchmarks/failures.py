@@ -16,14 +16,12 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import smoke
 import torch
 from recorded_run import expected_log, options, read_trace, recorded_pretrain, sample_log, state_of
 
@@ -70,7 +68,8 @@ def measure(failures: int, folder: Path) -> dict[str, Any]:
     random.seed(0)
     torch.set_num_threads(1)
     data = folder / "scenes"
-    write_scenes(data, train=96, val=8, size=32, seed=0)
+    with smoke.light_processes():
+        write_scenes(data, train=96, val=8, size=32, seed=0)
     small = ["workers=1", "stages.ssl.batch_size=8", f"stages.ssl.epochs={failures // 3 + 5}", "checkpoint_every=3"]
     broken, whole = (options(data, folder / name, *small) for name in ("broken", "whole"))
     start = time.perf_counter()
@@ -100,12 +99,23 @@ def measure(failures: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure, print and write; 1 where anything differs."""
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--failures", "2"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--failures", type=int, default=200)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> int:
+    """Measure, print and write; 1 where anything differs."""
+    arguments = smoke.parse(create_parser(), small)
     with tempfile.TemporaryDirectory() as scratch:
         figures = measure(arguments.failures, Path(scratch))
     for name, value in figures.items():

@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import smoke
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -28,15 +29,29 @@ from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.ssl.evaluation import knn_accuracy
 
 BATCH = 100
+PROBE = ["probe=true", "launcher=local"]
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    inputs = ["--data", str(smoke.scenes(folder)), "--codec", str(smoke.codec(folder))]
+    return [*inputs, "epochs=1", "batch_size=8"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="data set with labels, a train and a val split")
     parser.add_argument("--codec", type=Path, required=True, help="exported codec")
+    parser.add_argument("overrides", nargs="*", help="further options of each probe, key=value")
     parser.add_argument("--seed", type=int, default=0, help="of the random codec's weights")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
     trained = FeatureCodec.from_pretrained(arguments.codec)
     size, canvas = trained.extra["image_size"], trained.extra["canvas_size"]
 
@@ -61,7 +76,7 @@ def main() -> None:
                 source, trained if "random" not in name else source.codec, arguments.data, size, canvas
             )
             overrides = [f"codec={codec}", f"data={arguments.data}", f"run={scratch}/{name.replace(' ', '_')}"]
-            config = finetune.resolve("classification", [*overrides, *options, "probe=true", "launcher=local"])
+            config = finetune.resolve("classification", [*overrides, *options, *PROBE, *arguments.overrides])
             results = finetune.run(config)
             figures[name] |= {"probe": results["top1"], "bpp": results["bpp"], "bpp_payload": results["bpp_payload"]}
             figures[name]["seconds"] = time.perf_counter() - start
@@ -94,4 +109,5 @@ def knn_of(
 
 
 if __name__ == "__main__":
-    main()
+    with smoke.ended_by_sigterm():
+        main()

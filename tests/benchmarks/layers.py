@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import smoke
 import torch
 from compressai.zoo import image_models
 from rich.console import Console
@@ -58,7 +59,13 @@ def layer_sizes(latents: LatentCodec, images: Sequence[torch.Tensor], count: int
     return {"base": base / number, "both": both / number, "single": single / number, "over": both / single - 1}
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--data", str(smoke.scenes(folder)), "--codec", str(smoke.codec(folder)), "--every", "4"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--codec", required=True)
@@ -66,7 +73,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="of the images one in so many is taken")
     parser.add_argument("--weights", help="of the hyperprior: a file, or zoo")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
     reader = ShardReader(arguments.data, Manifest.load(arguments.data).split(arguments.split))
     images = [to_tensor(picture_of(reader.read(index))) for index in range(0, len(reader), arguments.every)]
     if arguments.weights:
@@ -76,7 +88,8 @@ def main() -> None:
     codec = FeatureCodec.from_pretrained(arguments.codec)
     sources = {"y2 of the codec": FeatureLatents(codec, CPU), HYPERPRIOR: hyperprior}
     figures = {
-        name: {count: layer_sizes(latents, images, count) for count in (16, 64)} for name, latents in sources.items()
+        name: {count: layer_sizes(latents, images, count) for count in (16, 64) if count < latents.channels}
+        for name, latents in sources.items()
     }
     table = Table("latents", "channels in base", "base, bytes", "base + rest", "one layer", "over")
     for name, sizes in figures.items():

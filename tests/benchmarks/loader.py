@@ -27,6 +27,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
+import smoke
 import torch
 import webdataset
 from lightly.transforms import MoCoV2Transform
@@ -43,19 +44,31 @@ BATCH = 256
 CONSOLE = Console(width=100)
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--data", str(smoke.photos(folder)), "--size", "32", "--canvas", "48", "--repeat", "1"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images")
     parser.add_argument("--size", type=int, default=224, help="side of a view")
     parser.add_argument("--canvas", type=int, default=288, help="side of a canvas")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
     with tempfile.TemporaryDirectory() as scratch:
-        build_dataset("imagefolder", arguments.data, Path(scratch) / "shards", num_processes=1)
+        with smoke.light_processes():
+            build_dataset("imagefolder", arguments.data, Path(scratch) / "shards", num_processes=1)
         figures = speeds(Path(scratch) / "shards", arguments.size, arguments.canvas, arguments.repeat)
     figures |= order_costs(arguments.repeat)
     figures |= {"shuffle": {shards: shuffle_quality(shards) for shards in (128, 512, 2048)}}

@@ -21,14 +21,12 @@ import os
 import random
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+import smoke
 from conftest import REPOSITORY
 from recorded_run import (
     Run,
@@ -113,11 +111,11 @@ def settle(run: Run, row: dict[str, Any]) -> None:
     run.wait_for_step(row["step"] // 10 * 10 + 11, after=row["time"])
 
 
-def measure_random(data: Path, folder: Path, kills: int) -> dict[str, Any]:
+def measure_random(data: Path, folder: Path, kills: int, workers: int) -> dict[str, Any]:
     """Kills of workers at random moments; every step of training also saves, so that saves are hit, too."""
     random.seed(0)
-    with nodes(1, 1):
-        config = options(data, folder, "workers=2", "stages.ssl.epochs=100000", "checkpoint_every=3",
+    with nodes(*[1] * workers):
+        config = options(data, folder, f"workers={workers}", "stages.ssl.epochs=100000", "checkpoint_every=3",
                          "cluster.max_failures=50")  # fmt: skip
         run = Run(config)
         run.wait_for_step(2)
@@ -134,7 +132,7 @@ def measure_random(data: Path, folder: Path, kills: int) -> dict[str, Any]:
         run.wait_for_step(committed + 10)
         stop(run)
         run.wait(120)
-    restarts = len({row["process"] for row in read_trace(folder)}) // 2 - 1
+    restarts = len({row["process"] for row in read_trace(folder)}) // workers - 1
     return {"kills": kills, "restarts": restarts, "steps": check_log(config, folder), "committed_lost": missing}
 
 
@@ -184,25 +182,38 @@ def check_log(config: Any, folder: Path) -> int:
     return len(log)
 
 
-def main() -> int:
-    """Measure, print and write."""
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--repeat", "0", "--random", "1", "--workers", "1"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--random", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="of the run of --random")
     parser.add_argument("--elastic", action="store_true")
     parser.add_argument("--data", type=Path, help="data set; scenes if not given")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> int:
+    """Measure, print and write."""
+    arguments = smoke.parse(create_parser(), small)
     os.chdir(REPOSITORY)
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.data or Path(scratch, "scenes")
         if arguments.data is None:
-            write_scenes(data, train=480, val=16, size=32, seed=0)
+            with smoke.light_processes():
+                write_scenes(data, train=480, val=16, size=32, seed=0)
         if arguments.repeat:
             figures |= measure_kills(data, Path(scratch, "kills"), arguments.repeat)
         if arguments.random:
-            figures["random"] = measure_random(data, Path(scratch, "random"), arguments.random)
+            figures["random"] = measure_random(data, Path(scratch, "random"), arguments.random, arguments.workers)
         if arguments.elastic:
             figures["elastic"] = measure_elastic(data, Path(scratch, "elastic"))
     for name, value in figures.items():

@@ -21,6 +21,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+import smoke
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -36,28 +37,44 @@ from pretrain.trainer import pretrain
 IMAGES = 512
 WARM_ROWS = 2
 ROW_STEPS = 4  # steps between rows
+KINDS = {"one": 1, "two": 2, "apart": 2}  # workers
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    tiny = ["image_size=32", "canvas_size=32", "checkpoint_every=1000000"]
+    return [*smoke.NARROW, *tiny, "--batch", "8", "--steps", "12", "--repeat", "1", "--only", "two"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="options of the recipe")
     parser.add_argument("--steps", type=int, default=16, help="of a run, warm-up included")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--batch", type=int, default=128, help="images of one worker")
     parser.add_argument("--cores", type=int, nargs=2, help="the first two that there are, if not given")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="runs; all by default")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    parser = create_parser()
+    arguments = smoke.parse(parser, small)
     cores = arguments.cores or sorted(os.sched_getaffinity(0))[:2]
     if len(set(cores)) < 2 or not set(cores) <= os.sched_getaffinity(0):
         parser.error(f"cores {cores}: two different ones of {sorted(os.sched_getaffinity(0))} are needed")
     if arguments.steps // ROW_STEPS <= WARM_ROWS:
         parser.error(f"--steps {arguments.steps}: at least {(WARM_ROWS + 1) * ROW_STEPS} are needed, some are warm-up")
 
-    kinds = {"one": 1, "two": 2, "apart": 2}
+    kinds = {kind: workers for kind, workers in KINDS.items() if kind in arguments.only}
     rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "scenes"
-        write_scenes(data, train=IMAGES, val=1, size=64)
+        with smoke.light_processes():
+            write_scenes(data, train=IMAGES, val=1, size=64)
         for repeat in range(arguments.repeat):
             for kind, workers in kinds.items():
                 run = Path(scratch) / f"{kind}{repeat}"
@@ -67,18 +84,27 @@ def main() -> None:
                 run_workers(train_pinned, (config, cores, kind == "apart"), workers)
                 rows[kind].append(steady([run, Path(f"{run}_1")] if kind == "apart" else [run]))
     figures = {kind: summary(measured) for kind, measured in rows.items()}
-    one, two, apart = (figures[kind]["images_per_second"] for kind in kinds)
-    ratios = {"two_ratio": two / one, "apart_ratio": apart / one, "efficiency": two / apart}
+    speeds = {kind: figures[kind]["images_per_second"] for kind in kinds}
+    ratios = {
+        name: speeds[kind] / speeds[base]
+        for name, kind, base in (
+            ("two_ratio", "two", "one"),
+            ("apart_ratio", "apart", "one"),
+            ("efficiency", "two", "apart"),
+        )
+        if kind in speeds and base in speeds
+    }
 
     table = Table("run", "workers", "images/s", "least to most", "waiting for data", "over one",
                   title=f"{arguments.repeat} turns, cores {cores[0]} and {cores[1]}")  # fmt: skip
     for kind, workers in kinds.items():
         values = figures[kind]["repeats"]
-        ratio = f"{ratios[f'{kind}_ratio']:.2f}" if kind != "one" else ""
+        ratio = f"{ratios[f'{kind}_ratio']:.2f}" if f"{kind}_ratio" in ratios else ""
         table.add_row(kind, str(workers), f"{figures[kind]['images_per_second']:.1f}",
                       f"{min(values):.1f} to {max(values):.1f}", f"{100 * figures[kind]['data_wait']:.1f} %", ratio)  # fmt: skip
     Console(width=110).print(table)
-    print(f"two together reach {ratios['efficiency']:.2f} of two apart")
+    if "efficiency" in ratios:
+        print(f"two together reach {ratios['efficiency']:.2f} of two apart")
     if arguments.json:
         arguments.json.write_text(json.dumps({**figures, **ratios}, indent=2) + "\n")
 

@@ -12,11 +12,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import smoke
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,19 +27,21 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from cluster.checkpoint import CheckpointStore
 from cluster.local_workers import run_workers
+from cluster.metrics import StepMeter
 from cluster.runtime import LocalRuntime, Runtime
 from data_pipeline.build import build_dataset
 from data_pipeline.loader import CanvasDataset
 from data_pipeline.manifest import Manifest
 from data_pipeline.scenes import write_scenes
 from pretrain.codec.tiles import STRIP_POSITIONS
-from pretrain.config import PretrainConfig
+from pretrain.config import PretrainConfig, StageConfig
 from pretrain.run import resolve
 from pretrain.ssl.methods.moco import MoCo
 from pretrain.stages import Stage
 from pretrain.trainer import Trainer
 
 IMAGES = 2  # of the step that is counted; batch norm of the heads needs more than one
+STEPS, SCENES = 2, 8  # of a stage; to train on
 PRODUCTS = {
     getattr(torch.ops.aten, name) for name in ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
 }
@@ -89,41 +93,97 @@ def count_stages(recipe: str, *overrides: str) -> list[StageCounts]:
     wanted = resolve(recipe, ["data=unread", "workers=1", *overrides])
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "scenes"
-        write_scenes(data, train=8, val=1, size=64)
-        small = [f"stages.{stage.name}.batch_size={IMAGES}" for stage in wanted.stages]
+        with smoke.light_processes():
+            write_scenes(data, train=SCENES, val=1, size=64)
+        small = [
+            option
+            for stage in wanted.stages
+            for option in (
+                f"stages.{stage.name}.batch_size={IMAGES}",
+                f"stages.{stage.name}.epochs={STEPS * IMAGES / SCENES}",
+            )
+        ]
         options = [f"data={data}", f"run={scratch}/run", "workers=1", "launcher=local", "ssl.heatmap.warmup=0",
-                   "num_workers=0", "log_every=1000000", "picture_every=1000000", *overrides, *small]  # fmt: skip
+                   "num_workers=0", "knn_samples=0", "log_every=1000000", "picture_every=1000000", *overrides, *small]  # fmt: skip
         # Count what a GPU is asked for, bfloat16 where the recipe wants it.
         STRIP_POSITIONS.clear()
         with patch("pretrain.codec.precision.has_bfloat16", return_value=True), ProductsInFloat():
             trainer = Trainer(LocalRuntime(), resolve(recipe, options))
-            counts = [_count(trainer, index, stage.batch_size) for index, stage in enumerate(wanted.stages)]
-        trainer.logger.close()
-    return counts
+            trainer.meter = meter = CountingMeter(trainer)
+            trainer.store = store = MeasuringStore(Path(scratch) / "none")
+            trainer.train()
+        trainer.close()
+    return [
+        count_stage(trainer, stage, counted, ready, checkpoint_bytes, plan)
+        for (stage, counted, ready), checkpoint_bytes, plan in zip(
+            meter.stages, store.sizes, wanted.stages, strict=True
+        )
+    ]
 
 
-def _count(trainer: Trainer, index: int, batch_size: int) -> StageCounts:
-    stage = trainer._enter_stage(index)
-    batch = next(iter(trainer._batches(stage)))
-    trainer._train_step(stage, batch)  # draws the first picture and makes the optimizer's state
-    counter = StepCounter()
-    ready: list[tuple[int, int]] = []
+class CountingMeter(StepMeter):
+    """Counts the second step of every stage; the first one draws a picture and makes the optimizer's state.
 
-    def note(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        ready.append((counter.backward_flops, parameter.grad.nbytes))
+    Attributes:
+        stages: each one's counts and, as its gradients were ready, (FLOPs of the backward done, bytes).
+    """
 
-    hooks = [parameter.register_post_accumulate_grad_hook(note) for parameter in stage.parameters]
-    with counter:
-        trainer._train_step(stage, batch)
-    for hook in hooks:
-        hook.remove()
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer.runtime)
+        self.trainer = trainer
+        self.stages: list[tuple[Stage, StepCounter, list[tuple[int, int]]]] = []
+        self.counting = ExitStack()
+
+    def data_arrived(self) -> None:
+        """A step begins."""
+        super().data_arrived()
+        if self.trainer.progress.stage_step != STEPS - 1:
+            return
+        stage, counter, ready = self.trainer.stage, StepCounter(), []
+        assert stage is not None
+
+        def note(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            ready.append((counter.backward_flops, parameter.grad.nbytes))
+
+        for parameter in stage.parameters:
+            self.counting.callback(parameter.register_post_accumulate_grad_hook(note).remove)
+        self.counting.enter_context(counter)
+        self.stages.append((stage, counter, ready))
+
+    def step_done(self, num_samples: int) -> None:
+        """It has ended."""
+        self.counting.close()
+        super().step_done(num_samples)
+
+
+class MeasuringStore(CheckpointStore):
+    """Notes how large checkpoints are, and writes none."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sizes: list[int] = []
+
+    def save_soon(self, step: int, state: dict[str, Any], score: float | None = None) -> None:
+        """Note the bytes of its tensors."""
+        self.sizes.append(tensor_bytes(state))
+
+
+def count_stage(
+    trainer: Trainer,
+    stage: Stage,
+    counter: StepCounter,
+    ready: list[tuple[int, int]],
+    checkpoint_bytes: int,
+    plan: StageConfig,
+) -> StageCounts:
+    """What was counted of a stage, with the length and the batch of the plan."""
     buffers = broadcast_buffers(stage, trainer.method)
     shuffled, keys = gathered_bytes(trainer.config, stage, trainer.method)
     return StageCounts(
         stage.name,
-        batch_size,
-        stage.config.epochs,
+        plan.batch_size,
+        plan.epochs,
         sum(parameter.numel() for parameter in stage.parameters),
         counter.forward_flops / IMAGES,
         counter.backward_flops / IMAGES,
@@ -132,7 +192,7 @@ def _count(trainer: Trainer, index: int, batch_size: int) -> StageCounts:
         sum(buffer.nbytes for buffer in buffers),
         len({buffer.dtype for buffer in buffers}),
         tensor_bytes(stage.optimizer.state_dict()),
-        tensor_bytes(trainer._state(stage)),
+        checkpoint_bytes,
         shuffled,
         keys,
         trainer.config.canvas_size,
@@ -225,7 +285,8 @@ def measure(photos: Path, checkpoint_bytes: int, canvas_size: int, repeats: int 
     """Inputs of the model that this machine can tell; the shortest of `repeats` counts, or the median for gloo."""
     with tempfile.TemporaryDirectory() as scratch:
         root, result = Path(scratch) / "shards", Path(scratch) / "hop"
-        build_dataset("imagefolder", photos, root, num_processes=1)
+        with smoke.light_processes():
+            build_dataset("imagefolder", photos, root, num_processes=1)
         name, split = next(iter(Manifest.load(root).splits.items()))
         dataset = CanvasDataset(root, name, canvas_size)
         torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import smoke
 from scaling_costs import (
     GIB,
     Inputs,
@@ -209,7 +210,13 @@ def tables(recipe: str, inputs: Inputs, counts: list[StageCounts]) -> dict[str, 
     }
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--recipe", "small"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "inputs", nargs="*", metavar="INPUT=VALUE", help="of " + ", ".join(field.name for field in fields(Inputs))
@@ -218,7 +225,12 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="with --data")
     parser.add_argument("--data", type=Path, help="folder of images to decode")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
     inputs, counts = replace(Inputs(), **given(arguments.inputs)), count_stages(arguments.recipe)
     if arguments.measure:
         measured = measure(arguments.data, max(stage.checkpoint_bytes for stage in counts), counts[0].canvas_size)

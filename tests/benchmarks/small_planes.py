@@ -12,17 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
+import smoke
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from pretrain.codec import small_planes
 from pretrain.codec.backbone import Backbone
 from pretrain.codec.small_planes import SmallPlaneConv2d
 
@@ -31,14 +33,25 @@ CONVOLUTIONS = [(256, 256, 1, 2), (256, 256, 1, 4), (256, 512, 2, 4), (512, 512,
 SIZES = (32, 64, 96, 128, 224)  # pixels of the backbone's images
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--batch", "2", "--repeat", "1"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
     torch.set_num_threads(arguments.threads)
     console = Console(width=100)
     figures: dict[str, list[dict[str, float | int]]] = {"convolutions": [], "backbone": []}
@@ -86,12 +99,8 @@ def compare(network: torch.nn.Module, images: Tensor, repeat: int, everywhere: b
 
 def taken(step: Callable[[], None], products: bool | None) -> float:
     """Seconds of the processor; `products` says whether they are taken, None leaves it to the network."""
-    chosen = (
-        nullcontext()
-        if products is None
-        else mock.patch.object(SmallPlaneConv2d, "_has_small_planes", return_value=products)
-    )
-    with chosen:
+    most = {None: small_planes.MOST_PLACES, False: 0, True: sys.maxsize}[products]
+    with mock.patch.object(small_planes, "MOST_PLACES", most):
         start = time.process_time()
         step()
         return time.process_time() - start

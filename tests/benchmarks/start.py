@@ -15,6 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
+import smoke
 from rich.console import Console
 from rich.table import Table
 from variants import measure
@@ -45,7 +46,14 @@ STARTS = {
 }
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    runs = ["--data", str(smoke.scenes(folder)), "--init", str(smoke.codec(folder)), "--out", str(folder / "runs")]
+    return [*runs, "--epochs", "1", "--only", "random weights", "KLT, checkerboard"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="data set with labels, a train and a val split")
     parser.add_argument("--init", type=Path, required=True, help="exported codec")
@@ -53,7 +61,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--only", nargs="+", choices=STARTS, default=list(STARTS), metavar="START", help="default: all")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
 
     figures: dict[str, list[dict[str, float]]] = {}
     for name in arguments.only:
@@ -86,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with smoke.ended_by_sigterm():
+        main()

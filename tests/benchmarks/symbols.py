@@ -14,6 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
+import smoke
 import torch
 
 from data_pipeline.decoding import decode_image
@@ -26,13 +27,24 @@ CODERS = {"range coder": symbols.SHORT_SYMBOLS, "rANS": 0}  # symbols up to whic
 NUM_SYMBOLS, ROUNDS = 1664, 15
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return [str(smoke.codec(folder)), str(smoke.photos(folder))]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codec", type=Path)
     parser.add_argument("pictures", type=Path)
     parser.add_argument("--every", type=int, default=1, help="take one picture in so many")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
     codec = FeatureCodec.from_pretrained(arguments.codec)
     files = sorted(path for path in arguments.pictures.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     images = [torch.from_numpy(decode_image(path.read_bytes())).permute(2, 0, 1) for path in files[:: arguments.every]]

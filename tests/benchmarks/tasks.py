@@ -1,6 +1,6 @@
 """What tasks must be able to do: learn eight images by heart, beat what learned nothing, gain from streams kept.
 
-    python tests/benchmarks/tasks.py by-heart CODEC [--tasks detection ...] [--json FILE]
+    python tests/benchmarks/tasks.py by-heart CODEC [--tasks detection ...] [--options K=V ...] [--json FILE]
 
 fine-tunes each task on eight made-up scenes and measures it on the same eight, from real streams; 1 is perfect. For the
 maps of semantic segmentation what their resolution, an eighth of the image, can show at best is printed too.
@@ -16,7 +16,8 @@ trains with cache=none and with cache=bitstreams, in turns: images a second, sec
 
     python tests/benchmarks/tasks.py step [--anyway]
 
-time and GPU memory of one ResNet-50 step of each task with its full recipe; skipped where no GPU is.
+time and GPU memory of one ResNet-50 step of each task with its full recipe; skipped where no GPU is. `--smoke`, alone,
+runs a tiny one of every part.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import smoke
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -66,12 +69,26 @@ BY_HEART: dict[str, tuple[str, int, list[str]]] = {
 STEPS, WARM = 20, 5
 
 
-def main() -> None:
+def small(folder: Path) -> list[list[str]]:
+    """The commands of a tiny run of every part."""
+    codec, data = str(smoke.codec(folder)), str(smoke.scenes(folder))
+    run = smoke.classification(folder / "run", Path(codec), Path(data))
+    return [
+        ["by-heart", codec, "--tasks", "classification", "--options", "epochs=2"],
+        ["beside", str(run)],
+        ["cache", codec, data, "--epochs", "5", "--options", "batch_size=8"],
+        ["step", "--anyway"],
+    ]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     heart = parts.add_parser("by-heart")
     heart.add_argument("codec", type=Path)
     heart.add_argument("--tasks", nargs="*", choices=list(BY_HEART), default=list(BY_HEART))
+    heart.add_argument("--options", nargs="*", default=[])
     heart.add_argument("--seed", type=int, default=0, help="of the scenes")
     compare = parts.add_parser("beside")
     compare.add_argument("runs", type=Path, nargs="+")
@@ -85,9 +102,20 @@ def main() -> None:
     step.add_argument("--anyway", action="store_true", help="on a CPU too, with small networks and images")
     for part in (heart, compare, cache, step):
         part.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    words, parser = sys.argv[1:], create_parser()
+    for command in small(smoke.scratch()) if "--smoke" in words else [words]:
+        measure(parser.parse_args(command))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """One part: measure, print, write."""
     if arguments.part == "by-heart":
-        figures = {task: by_heart(task, arguments.codec, arguments.seed) for task in arguments.tasks}
+        figures = {task: by_heart(task, arguments.codec, arguments.seed, arguments.options) for task in arguments.tasks}
         show("eight scenes, learned by heart", figures)
     elif arguments.part == "beside":
         figures = {str(run): beside_nothing(run) for run in arguments.runs}
@@ -116,14 +144,15 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     Console(width=160).print(table)
 
 
-def by_heart(task: str, codec: Path, seed: int) -> dict[str, Any]:
+def by_heart(task: str, codec: Path, seed: int, further: list[str]) -> dict[str, Any]:
     """Metrics on eight scenes after training on them."""
     recipe, size, options = BY_HEART[task]
     with tempfile.TemporaryDirectory() as scratch:
         data, start = Path(scratch) / "data", time.perf_counter()
-        write_scenes(data, train=8, val=1, size=size, seed=seed)
+        with smoke.light_processes():
+            write_scenes(data, train=8, val=1, size=size, seed=seed)
         overrides = [f"codec={codec}", f"data={data}", f"run={scratch}/run", "launcher=local", "val_split=train"]
-        results = finetune.run(finetune.resolve(recipe, [*overrides, *options]))
+        results = finetune.run(finetune.resolve(recipe, [*overrides, *options, *further]))
         figures = chosen(results, results["metrics"], start)
         if task == "semantic_segmentation":
             figures["best_possible"] = best_possible(Path(scratch) / "run")
@@ -263,7 +292,8 @@ def one_step(task: str, small: bool) -> dict[str, float]:
     """Seconds and peak GPU memory of a step of a task on a codec of a ResNet-50 with random weights."""
     recipe, size = (BY_HEART[task][0], 64) if small else (task, 512)
     with tempfile.TemporaryDirectory() as scratch:
-        write_scenes(Path(scratch) / "data", train=64, val=2, size=size)
+        with smoke.light_processes():
+            write_scenes(Path(scratch) / "data", train=64, val=2, size=size)
         torch.manual_seed(0)
         config = CodecConfig(backbone="resnet18") if small else CodecConfig()
         FeatureCodec(config).eval().save_pretrained(
@@ -313,4 +343,5 @@ def show_steps(figures: dict[str, dict[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with smoke.ended_by_sigterm():
+        main()

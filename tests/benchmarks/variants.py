@@ -15,6 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
+import smoke
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -47,7 +48,15 @@ VARIANTS = {
 }
 
 
-def main() -> None:
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    runs = ["--data", str(smoke.scenes(folder)), "--init", str(smoke.codec(folder)), "--out", str(folder / "runs")]
+    short = ["stages.redundancy.epochs=1", "stages.redundancy.batch_size=16", "stages.codec.epochs=1"]
+    return [*runs, *smoke.NARROW, *short]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="data set with labels, a train and a val split")
     parser.add_argument("--init", type=Path, required=True, help="exported codec")
@@ -55,7 +64,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="tiny_imagenet20")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("overrides", nargs="*", help="further options of each run, key=value")
-    arguments = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    arguments = smoke.parse(create_parser(), small)
 
     figures = {}
     for name, options in VARIANTS.items():
@@ -130,4 +144,5 @@ def measure(config: PretrainConfig, codec: FeatureCodec, weight: float, rate: fl
 
 
 if __name__ == "__main__":
-    main()
+    with smoke.ended_by_sigterm():
+        main()

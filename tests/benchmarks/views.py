@@ -23,6 +23,7 @@ from pathlib import Path
 
 import cv2
 import PIL.Image
+import smoke
 import torch
 from lightly.transforms import MoCoV2Transform
 
@@ -60,8 +61,13 @@ def measure(contents: list[bytes], size: int, canvas_size: int, repeat: int) -> 
     return milliseconds(sides, len(contents), repeat)
 
 
-def main() -> None:
-    """Measure, print a table, write the figures."""
+def small(folder: Path) -> list[str]:
+    """Options of a tiny run."""
+    return ["--data", str(smoke.photos(folder)), "--size", "32", "--batch", "4", "--repeat", "1"]
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of images, searched through")
     parser.add_argument("--size", type=int, default=64, help="side of a view")
@@ -70,7 +76,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    options = parser.parse_args()
+    smoke.add_option(parser)
+    return parser
+
+
+def main() -> None:
+    """Measure, print a table, write the figures."""
+    parser = create_parser()
+    options = smoke.parse(parser, small)
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)
 

@@ -49,7 +49,7 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     codec = FeatureCodec(
         CodecConfig(
-            backbone="resnet18",
+            backbone="test_resnet",
             re_channels=16,
             re_latent=16,
             re_depths=[1, 1, 1],
