@@ -28,10 +28,10 @@ def wake(network: Network) -> Network:
     return network
 
 
-def create_codec(seed: int = 0) -> FeatureCodec:
+def create_codec(seed: int = 0, backbone: str = NARROW.backbone) -> FeatureCodec:
     """Random weights whose latents fill many symbols; means and scales fit them, as after training."""
     torch.manual_seed(seed)
-    codec = wake(FeatureCodec(NARROW).eval())
+    codec = wake(FeatureCodec(replace(NARROW, backbone=backbone)).eval())
     images = normalize(random_images(8, 64, 64).float() / 255)
     with torch.no_grad():
         y2, _ = codec.analyse(images)

@@ -50,25 +50,16 @@ def small(folder: Path) -> list[str]:
     """Options of a tiny run: what comes before a study's last step is done, and the budget ends within that one."""
     study = next(study for study in STUDIES if study.name == "tiny_imagenet20")
     (folder / "sets" / str(study.folder)).mkdir(parents=True)
-    options = [
-        "--data",
-        str(folder / "sets"),
-        "--out",
-        str(folder / "out"),
-        "--budget-minutes",
-        "0.02",
-        "--parallel",
-        "1",
-    ]
+    places = ["--data", str(folder / "sets"), "--out", str(folder / "out")]
+    options = [*places, "--budget-minutes", "0.02", "--parallel", "1"]
     options += ["--only", study.name, "--seeds", "1", "--no-ablations"]
     *done, sweep_step, _ = plan([study], create_parser().parse_args(options))
     for step in [*done, sweep_step]:
         step.result.parent.mkdir(parents=True, exist_ok=True)
     clean = done.pop().result.parent
     smoke.classification(clean, smoke.codec(folder), smoke.scenes(folder), "input=pixels")
-    sweep(
-        resolve(study.task, [f"runs={clean}", f"out={sweep_step.result.parent}", "anchors=hevc:51,hevc:42", "epochs=1"])
-    )
+    wanted = ["anchors=hevc:51,hevc:42", "epochs=1", "parallel=1"]
+    sweep(resolve(study.task, [f"runs={clean}", f"out={sweep_step.result.parent}", *wanted]))
     for step in [*done, sweep_step]:
         step.result.touch()
     return options

@@ -20,8 +20,10 @@ REPOSITORY = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(REPOSITORY))
 sys.path.append(str(REPOSITORY / "tests"))
 
+BACKBONE = "test_resnet"  # timm's own for tests: one block a layer, 0.4 M parameters
 # Options of pretraining: narrow networks.
 NARROW = [
+    f"codec.backbone={BACKBONE}",
     "codec.re_channels=16", "codec.re_latent=16", "codec.re_depths=[1,1,1]", "codec.transform_channels=16",
     "codec.latent_channels=16", "codec.hyper_dim=24", "codec.hyper_heads=2", "codec.hyper_head_dim=12",
     "codec.z_channels=8", "ssl.queue=64", "ssl.hidden_dim=32", "ssl.dim=16",
@@ -91,7 +93,7 @@ def codec(folder: Path) -> Path:
     """An exported codec of random weights."""
     from small_codecs import create_codec
 
-    create_codec().save_pretrained(folder / "codec", {"image_size": SIZE, "canvas_size": SIZE})
+    create_codec(backbone=BACKBONE).save_pretrained(folder / "codec", {"image_size": SIZE, "canvas_size": SIZE})
     return folder / "codec"
 
 

@@ -52,7 +52,13 @@ def small(folder: Path) -> list[str]:
     """Options of a tiny run."""
     runs = ["--data", str(smoke.scenes(folder)), "--init", str(smoke.codec(folder)), "--out", str(folder / "runs")]
     short = ["stages.redundancy.epochs=1", "stages.redundancy.batch_size=16", "stages.codec.epochs=1"]
-    return [*runs, *smoke.NARROW, *short]
+    shape = [
+        *smoke.NARROW,
+        "codec.redundancy=true",
+        "codec.latent_channels=32",
+        "codec.base_channels=16",
+    ]  # of that codec
+    return [*runs, *shape, *short]
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ from lightly.transforms import MoCoV2Transform
 from data_pipeline.decoding import decode_canvas
 from data_pipeline.views import ViewConfig, two_views
 
+PARTS = ("decode", "views")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     chosen = itertools.islice(itertools.cycle(files[: options.batch]), options.batch)
     canvas_size = options.canvas or (max(256, options.size) if options.size >= 224 else options.size)
     times = measure([path.read_bytes() for path in chosen], options.size, canvas_size, options.repeat)
-    totals = {side: times[f"{side}_decode"] + times[f"{side}_views"] for side in ("ours", "lightly")}
+    totals = {side: sum(times[f"{side}_{part}"] for part in PARTS) for side in ("ours", "lightly")}
     figures = {
         **times,
         "speedup_views": times["lightly_views"] / times["ours_views"],
@@ -107,7 +108,8 @@ def main() -> None:
     print(f"two views of {options.size} px, {options.batch} images, {options.threads} thread(s), ms an image")
     print(f"{'':>8} {'decode':>8} {'views':>8} {'total':>8}")
     for side, total in totals.items():
-        print(f"{side:>8} {times[f'{side}_decode']:8.2f} {times[f'{side}_views']:8.2f} {total:8.2f}")
+        columns = [*(times[f"{side}_{part}"] for part in PARTS), total]
+        print(f"{side:>8}", *(f"{figure:8.2f}" for figure in columns))
     print(f"lightly's time over ours: views {figures['speedup_views']:.1f}, total {figures['speedup_total']:.1f}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
