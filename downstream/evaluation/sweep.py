@@ -56,6 +56,7 @@ from downstream.tasks import task_class
 POINTS, COSTS, OPTIONS = "points", "costs.json", "sweep.yaml"
 TABLE = ("results.csv", "results.json")
 COST_IMAGES, COST_REPEATS = 8, 3
+GRACE_SECONDS = 10  # that a process has to save what it measures
 COLUMNS = (
     "task", "data", "run", "seed", "codec", "quality", "protocol", "metric", "value", "bpp", "bpp_payload", "images",
     "encode_ms", "decode_ms", "encode_macs", "decode_macs", "parallel", "train_seconds",
@@ -187,6 +188,7 @@ def _measure(
                 for future in as_completed(running):
                     collect_one(running[future], future.result)
             except BrokenProcessPool as error:
+                _end_survivors()
                 raise TaskError(
                     f"parallel={config.parallel}: a process was ended from outside, perhaps for want of memory; the "
                     f"same command goes on with {out}, with a smaller parallel= if need be"
@@ -206,6 +208,13 @@ def _stop() -> None:
     _told.set()
     for worker in multiprocessing.active_children():
         worker.terminate()
+
+
+def _end_survivors() -> None:
+    """End the processes of a broken pool. It has sent them SIGTERM, of which one that waits for a point only takes note."""
+    for worker in multiprocessing.active_children():
+        worker.join(GRACE_SECONDS)
+        worker.kill()
 
 
 def _start_worker(threads: int) -> None:
