@@ -211,7 +211,7 @@ def _stop() -> None:
 
 
 def _end_survivors() -> None:
-    """End the processes of a broken pool. It has sent them SIGTERM, of which one that waits for a point only takes note."""
+    """End the processes of a broken pool: it has sent SIGTERM, of which one that waits for a point only takes note."""
     for worker in multiprocessing.active_children():
         worker.join(GRACE_SECONDS)
         worker.kill()
