@@ -35,7 +35,7 @@ CASES: dict[str, list[str]] = {
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("codecs") / "narrow"
-    create_codec().save_pretrained(folder, extra={"image_size": 64, "canvas_size": 64})
+    create_codec(backbone="test_resnet").save_pretrained(folder, extra={"image_size": 64, "canvas_size": 64})
     return folder
 
 
