@@ -60,7 +60,7 @@ def test_encode_decode__files(exported_codec: Path, tmp_path: Path):
     assert "2 images" in encoded.stdout and "broken.png" in encoded.stdout
     decoded = dicm("decode", tmp_path / "streams", "-o", tmp_path / "features", "--codec", exported_codec)
     assert decoded.returncode == 0, decoded.stderr
-    assert np.load(tmp_path / "features" / "b.npy").shape == (64, 5, 16)
+    assert np.load(tmp_path / "features" / "b.npy").shape == (32, 5, 16)
 
 
 def test_decode__damaged_stream_is_named(exported_codec: Path, tmp_path: Path):
