@@ -9,9 +9,11 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -63,8 +65,8 @@ class Starter:
     """The process that begins scripts, from the repository's root, in an environment that holds nothing of ours."""
 
     def __init__(self, home: Path) -> None:
-        self.temporary = home / "tmp"
-        self.temporary.mkdir()
+        # Not inside `home`: Ray has sockets there, whose paths are 107 characters at most.
+        self.temporary = Path(tempfile.mkdtemp(prefix="bench"))
         environment = {
             "PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(self.temporary), "OMP_NUM_THREADS": "1",
         }  # fmt: skip
@@ -100,6 +102,7 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     running = Starter(tmp_path_factory.mktemp("home"))
     yield running
     running.process.communicate(timeout=60)
+    shutil.rmtree(running.temporary)
 
 
 @pytest.mark.slow

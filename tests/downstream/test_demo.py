@@ -17,7 +17,7 @@ SMALL = {
     "train": 48,
     "val": 16,
     "pretraining": ["launcher=local", "workers=1", *NARROW, *SHORT],
-    "classification": [],
+    "classification": ["batch_size=16"],
 }
 
 

@@ -22,7 +22,7 @@ def small_config(init: Path, *options: str) -> PretrainConfig:
 def test_create_codec__takes_only_the_parts_named(exported_codec: Path):
     start = FeatureCodec.from_pretrained(exported_codec)
     codec = create_codec(small_config(exported_codec, "init_parts=[backbone,redundancy]"))
-    assert torch.equal(codec.backbone.stem[0].weight, start.backbone.stem[0].weight)
+    assert torch.equal(codec.backbone.layer1[0].conv1.weight, start.backbone.layer1[0].conv1.weight)
     assert torch.equal(codec.redundancy.encoder[0].weight, start.redundancy.encoder[0].weight)
     assert not torch.equal(codec.g_a[-1].weight, start.g_a[-1].weight)
 
@@ -31,7 +31,7 @@ def test_create_codec__a_part_that_starts_fresh_may_have_another_shape(exported_
     start = FeatureCodec.from_pretrained(exported_codec)
     channels = start.config.re_channels + 4
     codec = create_codec(small_config(exported_codec, "init_parts=[backbone]", f"codec.re_channels={channels}"))
-    assert torch.equal(codec.backbone.stem[0].weight, start.backbone.stem[0].weight)
+    assert torch.equal(codec.backbone.layer1[0].conv1.weight, start.backbone.layer1[0].conv1.weight)
     assert len(codec.redundancy.encoder[0].weight) == channels
 
 
