@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from http_store import HttpStore, serving
 from hypothesis import HealthCheck, settings
 
@@ -52,8 +54,8 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_server_of_processes() -> None:
-    """What `ordered_map` takes its processes from has torch, whichever test calls it first."""
-    multiprocessing.set_forkserver_preload(["data_pipeline.decoding"])
+    """What processes are taken from has torch and the trainer, whichever test asks for one first."""
+    multiprocessing.set_forkserver_preload(["data_pipeline.decoding", "pretrain.run"])
     forkserver.ensure_running()
 
 
@@ -64,13 +66,31 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: the folder that `make(folder)` wrote, once for all processes of a test run."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own if worker_id == "master" else own.parent) / "once"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        whole, part = shared / name, shared / f"{name}.part"
+        with FileLock(shared / f"{name}.lock"):
+            if not whole.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+                part.mkdir()
+                make(part / name)  # under its own name, which some write down
+                part.rename(whole)
+        return whole / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def scenes(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A data set of 48 + 16 procedural scenes of 64 px."""
     from data_pipeline.scenes import write_scenes
 
-    folder = tmp_path_factory.mktemp("data") / "scenes"
-    write_scenes(folder, train=48, val=16, size=64, seed=0)
-    return folder
+    return made_once("scenes", lambda folder: write_scenes(folder, train=48, val=16, size=64, seed=0))
 
 
 @pytest.fixture(scope="session")
@@ -107,19 +127,20 @@ def small_run(data: Path, run: Path, *overrides: str):
 
 
 @pytest.fixture(scope="session")
-def pretrained_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run through the four stages."""
+def pretrained_run(scenes: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A complete run through the four stages, with a checkpoint of the end of each."""
     from pretrain.run import run
 
-    return run(small_run(scenes, tmp_path_factory.mktemp("runs") / "whole"))
+    options = ["keep_checkpoints=100", "checkpoint_every=100"]
+    return made_once("whole", lambda folder: run(small_run(scenes, folder, *options)))
 
 
 @pytest.fixture(scope="session")
-def exported_codec(pretrained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_codec(pretrained_run: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The codec of `pretrained_run`, exported."""
     from pretrain.export import export
 
-    return export(pretrained_run, tmp_path_factory.mktemp("codecs") / "codec")
+    return made_once("codec", lambda folder: export(pretrained_run, folder))
 
 
 @dataclass
