@@ -29,6 +29,7 @@ from pretrain.stages import Stage
 from pretrain.trainer import Trainer
 
 INPUTS = costs.Inputs()
+RECIPE = "dicm_resnet50"
 WORLDS = st.sampled_from([2, 4, *scaling_model.WORLDS])
 SIZES = st.floats(1, 1e10)
 
@@ -58,7 +59,7 @@ def test_exposed__between_nothing_and_all_of_the_traffic(gradients: list[tuple[f
     gradients.sort()
     total = sum(size for _, size in gradients) / 1e9
     seconds = costs.exposed(gradients, backward, lambda size: size / 1e9)
-    assert 0 <= seconds <= total * (1 + 1e-9)
+    assert 0 <= seconds <= total * (1 + 1e-9) + 1e-15  # times of about `backward` are subtracted
     assert costs.exposed([(1.0, size) for _, size in gradients], backward, lambda size: size / 1e9) == pytest.approx(
         total
     )
@@ -244,30 +245,35 @@ def test_page__lists_the_inputs():
     assert listed == [[f"| `{name}`", f"{value:.4g}"] for name, value in asdict(INPUTS).items()]
 
 
+@pytest.fixture(scope="module")
+def recipe_counts() -> list[StageCounts]:
+    return count_stages(RECIPE)
+
+
 @pytest.mark.slow
-def test_page__its_tables_are_what_the_script_prints(capsys, monkeypatch):
+def test_page__its_tables_are_what_the_script_prints(recipe_counts: list[StageCounts]):
     page = (REPOSITORY / "docs" / "scaling.md").read_text()
     assert "\npython tests/benchmarks/scaling_model.py\n" in page
-    monkeypatch.setattr(sys, "argv", ["scaling_model.py"])
-    scaling_model.main()
-    printed = [block for block in capsys.readouterr().out.split("\n\n") if block.startswith("|")]
-    assert len(printed) == 6
-    for table in printed:
-        assert table.strip() in page
+    assert scaling_model.create_parser().parse_args([]).recipe == RECIPE
+    tables = scaling_model.tables(RECIPE, INPUTS, recipe_counts)
+    assert len(tables) == 6
+    for title, rows in tables.items():
+        assert scaling_model.markdown(rows) in page, title
 
 
 @pytest.mark.slow
-def test_page__a_resnet50_has_the_flops_it_is_known_for():
+def test_page__a_resnet50_has_the_flops_it_is_known_for(recipe_counts: list[StageCounts]):
     """4.09 G multiply-adds at 224 px: two queries, two keys, and the heatmap at 128 px."""
-    counts = count_stages("dicm_resnet50", "only=[ssl]")[0]
+    counts = recipe_counts[0]
+    assert counts.name == "ssl"
     assert counts.forward_flops == pytest.approx(2 * 4.09e9 * (4 + (128 / 224) ** 2), rel=0.02)
     assert counts.backward_flops == pytest.approx(2 * 4.09e9 * 4, rel=0.02)
 
 
 def test_recipe__is_refused_where_the_page_says():
-    config = resolve("dicm_resnet50", ["data=unread", "workers=8"])
+    config = resolve(RECIPE, ["data=unread", "workers=8"])
     for stage in config.stages:
         most = stage.batch_size // scaling_model.LEAST_IMAGES
-        assert resolve("dicm_resnet50", ["data=unread", f"only=[{stage.name}]", f"workers={most}"])
+        assert resolve(RECIPE, ["data=unread", f"only=[{stage.name}]", f"workers={most}"])
         with pytest.raises(ConfigError, match="less than two images"):
-            resolve("dicm_resnet50", ["data=unread", f"only=[{stage.name}]", f"workers={most + 1}"])
+            resolve(RECIPE, ["data=unread", f"only=[{stage.name}]", f"workers={most + 1}"])

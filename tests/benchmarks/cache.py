@@ -158,7 +158,7 @@ def memory(folder: Path, epochs: int) -> tuple[list[float], int]:
 
 def small(folder: Path) -> list[str]:
     """Options of a tiny run."""
-    return ["--damaged", "6", "--shards", "16", "--shard-samples", "32", "--epochs", "2"]
+    return ["--damaged", "6", "--shards", "16", "--shard-samples", "32", "--epochs", "1"]
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ all weights, and with wider latents. Prints at each trained rate real bits per p
 the validation split, and the BD-rate against the first at equal distortion.
 
     python tests/benchmarks/start.py --data data/tiny --init codec --out runs/start [--epochs 2] [--only KLT ...]
+        [KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ STARTS = {
 def small(folder: Path) -> list[str]:
     """Options of a tiny run."""
     runs = ["--data", str(smoke.scenes(folder)), "--init", str(smoke.codec(folder)), "--out", str(folder / "runs")]
-    return [*runs, "--epochs", "1", "--only", "random weights", "KLT, checkerboard"]
+    return [*smoke.NARROW, *runs, "--epochs", "1", "--only", "random weights", "KLT, checkerboard"]
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -61,6 +62,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--only", nargs="+", choices=STARTS, default=list(STARTS), metavar="START", help="default: all")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("overrides", nargs="*", help="further options of each run, key=value")
     smoke.add_option(parser)
     return parser
 
@@ -73,7 +75,7 @@ def main() -> None:
         folder = arguments.out / name.replace(", ", "_").replace(" ", "_")
         fixed = [f"data={arguments.data}", f"init={arguments.init}", f"run={folder}", "launcher=local", "workers=1"]
         stage = ["init_parts=[backbone]", "only=[codec]", f"stages.codec.epochs={arguments.epochs:g}"]
-        config = resolve("evidence", [*fixed, *stage, *STARTS[name]])
+        config = resolve("evidence", [*fixed, *stage, *arguments.overrides, *STARTS[name]])
         run(config)
         codec, weights = FeatureCodec.from_pretrained(export(folder, folder / "codec")), config.stages[-1].rates
         figures[name] = [

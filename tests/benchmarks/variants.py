@@ -57,8 +57,8 @@ def small(folder: Path) -> list[str]:
         "codec.redundancy=true",
         "codec.latent_channels=32",
         "codec.base_channels=16",
-    ]  # of that codec
-    return [*runs, *shape, *short]
+    ]  # that codec's
+    return [*runs, *shape, *short, "workers=1"]
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -21,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # workers import the functions b
 from worker_functions import (
     Options,
     die,
-    die_once,
+    die_once_write_facts_and_step,
     facts_of,
     fail_with_our_error,
-    step_until_told,
     write_facts,
 )
 
@@ -91,28 +91,79 @@ def test_told__a_bug_in_a_worker_keeps_its_traceback():
     assert text in str(told)
 
 
+@dataclass
+class Trained:
+    """What a run left in its folder, and the warnings that reached the user, by the time of its workers' facts."""
+
+    folder: Path
+    warnings: list[str]
+
+
+@pytest.fixture(scope="module")
+def trained(_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run, in a folder relative to where the user stands: it loses a worker, its next workers write their facts and
+    then step until SIGTERM tells them to stop."""
+    folder, said = tmp_path_factory.mktemp("trained"), Said()
+
+    def tell() -> None:
+        while not (folder / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell, daemon=True).start()
+    logging.getLogger().addHandler(said)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            on_ray(die_once_write_facts_and_step, Path("."))
+    finally:
+        logging.getLogger().removeHandler(said)
+    return Trained(folder, said.warnings)
+
+
+class Said(logging.Handler):
+    """Keeps warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.usefixtures("_ray")
-def test_launch__two_workers_reduce_gather_and_broadcast(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-):
-    monkeypatch.chdir(tmp_path)
-    on_ray(write_facts, Path("."))  # a run folder relative to where the user stands
-    facts = facts_of(tmp_path, 2)
+def test_launch__two_workers_reduce_gather_and_broadcast(trained: Trained):
+    facts = facts_of(trained.folder, 2)
     assert [(fact["rank"], fact["world"], fact["local_rank"]) for fact in facts] == [(0, 2, 0), (1, 2, 1)]
     for fact in facts:
         assert fact["mean"] == {"loss": 0.5, "step": 2.0**40 + 1}
         assert fact["sum"] == 3.0
         assert fact["gathered"] == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
         assert fact["broadcast"] == {"step": 7, "from": 0}
-        assert fact["directory"] == str(tmp_path)
+        assert fact["directory"] == str(trained.folder)
         if not torch.cuda.is_available():
             assert fact["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.json", "1.json"]
+    left = {"died", "pids", "begun", *(f"{name}_{rank}" for name in ("ended", "stopped") for rank in range(2))}
+    assert {path.name for path in trained.folder.iterdir()} == {"0.json", "1.json", *left}
     # What both workers had to say reaches the user, once.
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warnings == ["checkpoint .: damaged; passed over"]
+    lost, said = trained.warnings
+    assert "worker 1 " in lost and "going on from the newest checkpoint" in lost
+    assert said == "checkpoint .: damaged; passed over"
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_launch__goes_on_after_a_lost_worker(trained: Trained):
+    ended = [json.loads((trained.folder / f"ended_{rank}").read_text()) for rank in range(2)]
+    assert ended == [[2, "recovered"], [2, "recovered"]]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_launch__sigterm_lets_every_worker_stop_at_the_same_step(trained: Trained):
+    assert len({(trained.folder / f"stopped_{rank}").read_text() for rank in range(2)}) == 1
 
 
 @pytest.mark.cluster
@@ -138,29 +189,6 @@ def test_launch__workers_lost_too_often_are_named_and_the_others_do_not_hang(
         on_ray(die, tmp_path, max_failures=1)
     assert "\n" not in str(caught.value)
     assert re.search(rf"{lost}.*; going on from the newest checkpoint", caplog.text)
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
-@pytest.mark.usefixtures("_ray")
-def test_launch__goes_on_after_a_lost_worker(tmp_path: Path):
-    on_ray(die_once, tmp_path)
-    ended = [json.loads((tmp_path / f"ended_{rank}").read_text()) for rank in range(2)]
-    assert ended == [[2, "recovered"], [2, "recovered"]]
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
-@pytest.mark.usefixtures("_ray")
-def test_launch__sigterm_lets_every_worker_stop_at_the_same_step(tmp_path: Path):
-    def tell() -> None:
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=tell, daemon=True).start()
-    on_ray(step_until_told, tmp_path)
-    assert len({(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)}) == 1
 
 
 @pytest.mark.cluster

@@ -129,3 +129,10 @@ def told_at_the_third_step(runtime: Runtime, options: Options) -> None:
     while not runtime.should_stop:
         step += 1
     Path(options.folder, f"stopped_{runtime.rank}").write_text(str(step))
+
+
+def die_once_write_facts_and_step(runtime: Runtime, options: Options) -> None:
+    """`die_once`, then `write_facts`, then `step_until_told`."""
+    die_once(runtime, options)
+    write_facts(runtime, options)
+    step_until_told(runtime, options)

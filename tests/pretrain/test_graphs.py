@@ -4,6 +4,9 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import logging
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -11,12 +14,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import REPOSITORY, assert_refused, dicm
+from conftest import REPOSITORY, Result, assert_refused, dicm, small_run
 from small_codecs import wake
+from torch.export import ExportedProgram
 
+from cluster.checkpoint import CheckpointStore
+from cluster.recipes import save_config
 from pretrain import graphs
-from pretrain.codec.config import CodecConfig
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError
 
 # Of an image: below one window and no multiple of 64, just above one window a side, and windowed with padding.
@@ -24,15 +30,18 @@ SIZES = [(40, 70), (256, 272), (320, 384)]
 
 
 @pytest.fixture(scope="module")
-def codec() -> FeatureCodec:
-    """A narrow codec with two layers and a range of rates whose every block counts."""
-    config = CodecConfig(
-        backbone="resnet18", re_channels=16, re_latent=16, re_depths=[1, 1, 1], transform_channels=16,
-        latent_channels=16, hyper_dim=24, hyper_heads=2, hyper_head_dim=12, z_channels=8, base_channels=4,
-        rate_points=2, guard=1e-4,
-    )  # fmt: skip
+def config(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    """Of a run whose codec has one block of each kind, two layers and a range of rates."""
+    options = ["codec.re_depths=[1,0,0]", "codec.rgc_orders=[0,0,2]", "codec.base_channels=4", "codec.rate_points=2",
+               "stages.codec.rates=[4,1]", "codec.guard=1e-4"]  # fmt: skip
+    return small_run(scenes, tmp_path_factory.mktemp("graphs") / "run", *options)
+
+
+@pytest.fixture(scope="module")
+def codec(config: PretrainConfig) -> FeatureCodec:
+    """Its codec, every block of which counts."""
     torch.manual_seed(0)
-    codec = wake(FeatureCodec(config).eval().requires_grad_(False))
+    codec = wake(FeatureCodec(config.codec).eval().requires_grad_(False))
     for name, parameter in codec.named_parameters():
         if "gamma" in name:
             parameter.fill_(0.5)
@@ -43,15 +52,41 @@ def codec() -> FeatureCodec:
     # Symbols that are not all zero.
     codec.g_a[-1].weight.mul_(4)
     codec.h_a[-1].weight.mul_(8)
+    codec.update()
     return codec
 
 
+@dataclass
+class Exported:
+    """What `dicm export RUN FOLDER --onnx` left, what it said, and the programs that it wrote as ONNX."""
+
+    run: Path
+    folder: Path
+    result: Result
+    programs: dict[str, ExportedProgram]
+
+
 @pytest.fixture(scope="module")
-def folder(codec: FeatureCodec, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("graphs") / "codec"
-    codec.save_pretrained(folder)
-    graphs.export_onnx(codec, folder)
-    return folder
+def exported(config: PretrainConfig, codec: FeatureCodec) -> Exported:
+    run, programs, export_programs = Path(config.run), {}, graphs.export_programs
+    CheckpointStore(run / "checkpoints").save(1, {"codec": codec.state_dict()})
+    save_config(config, run / "config.yaml")
+
+    def kept(codec: FeatureCodec) -> dict[str, ExportedProgram]:
+        programs.update(export_programs(codec))
+        return programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "export_programs", kept)
+        patch.setattr(logging.root.manager, "disable", logging.DEBUG)  # torch would write down each step of its trace
+        result = dicm("export", run, run.parent / "codec", "--onnx")
+    return Exported(run, run.parent / "codec", result, programs)
+
+
+@pytest.fixture(scope="module")
+def folder(exported: Exported) -> Path:
+    assert exported.result.returncode == 0, exported.result.stderr
+    return exported.folder
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +136,19 @@ def test_export_onnx__graphs_equal_torch_at_any_size(codec: FeatureCodec, folder
             assert_near(name, found, expected)
 
 
-def test_export_programs__equal_torch_at_any_size(codec: FeatureCodec):
-    programs = {name: program.module() for name, program in graphs.export_programs(codec).items()}
+def test_export_programs__equal_torch_at_any_size(codec: FeatureCodec, exported: Exported):
+    programs = {name: program.module() for name, program in exported.programs.items()}
     for size in [(64, 64), (320, 384)]:
         for name, (given, expected) in networks(codec, *size).items():
             found = programs[name](given)
             assert_near(name, found if isinstance(found, tuple) else (found,), expected)
 
 
-def test_export_programs__without_redundancy_elimination(codec: FeatureCodec):
+def test_encoder_graph__without_redundancy_elimination(codec: FeatureCodec):
     torch.manual_seed(0)
     plain = FeatureCodec(dataclasses.replace(codec.config, redundancy=False)).eval().requires_grad_(False)
     given, expected = networks(plain, 128, 192)["encoder"]
-    assert_near("encoder", graphs.export_programs(plain)["encoder"].module()(given), expected)
+    assert_near("encoder", graphs.EncoderGraph(plain)(given), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -148,22 +183,20 @@ def test_onnx_codec__graph_of_another_codec(folder: Path, loop: ModuleType, tmp_
 
 def test_export_onnx__files_are_whole_and_name_no_path_of_this_machine(folder: Path):
     names = {path.name for path in folder.iterdir()}
-    assert names == {"model.safetensors", "config.json", *graphs.ONNX_FILES}
+    assert names == {"model.safetensors", "config.json", "README.md", *graphs.ONNX_FILES}
     for name in graphs.ONNX_FILES:
         model = onnx.load(folder / name, load_external_data=False)
         assert {entry.domain: entry.version for entry in model.opset_import}[""] == graphs.OPSET
         assert str(REPOSITORY).encode() not in model.SerializeToString()
 
 
-@pytest.mark.slow
-def test_export__onnx_is_stated_with_its_opset_and_goes_with_the_next_export(pretrained_run: Path, tmp_path: Path):
-    result = dicm("export", pretrained_run, tmp_path / "codec", "--onnx")
-    assert result.returncode == 0, result.stderr
-    assert f"opset {graphs.OPSET}" in result.stdout
-    assert f"opset {graphs.OPSET}" in (tmp_path / "codec" / "README.md").read_text()
-    assert {path.name for path in (tmp_path / "codec").glob("*.onnx")} == set(graphs.ONNX_FILES)
-    again = dicm("export", pretrained_run, tmp_path / "codec")
-    assert again.returncode == 0 and not list((tmp_path / "codec").glob("*.onnx"))
+def test_export__onnx_is_stated_with_its_opset_and_goes_with_the_next_export(exported: Exported, tmp_path: Path):
+    assert f"opset {graphs.OPSET}" in exported.result.stdout
+    folder = shutil.copytree(exported.folder, tmp_path / "codec")
+    assert f"opset {graphs.OPSET}" in (folder / "README.md").read_text()
+    again = dicm("export", exported.run, folder)
+    assert again.returncode == 0 and not list(folder.glob("*.onnx"))
+    assert "opset" not in (folder / "README.md").read_text()
 
 
 def test_export__onnx_packages_missing_is_said_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

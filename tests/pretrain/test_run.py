@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import FOUR_STAGES, NARROW, REPOSITORY, SHORT, assert_refused, dicm, small_run
+from conftest import FOUR_STAGES, NARROW, SHORT, Result, assert_refused, dicm, small_run
+
+sys.path.insert(0, str(Path(__file__).parent))  # other processes import the functions by name
+
+from run_functions import dicm_with_small_files
 
 from cluster.checkpoint import CheckpointStore
 from cluster.run_folder import held_run
@@ -49,28 +54,25 @@ def test_run__complete_run_is_left_alone(pretrained_run: Path, scenes: Path):
     assert (pretrained_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_run__disk_full_while_a_checkpoint_is_written_keeps_earlier_ones(scenes: Path, tmp_path: Path):
+def test_run__disk_full_while_a_checkpoint_is_written_keeps_earlier_ones(
+    pretrained_run: Path, scenes: Path, tmp_path: Path
+):
     """A file-size limit makes the kernel refuse the bytes in mid-write, as a full disk does."""
-    options = [f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", *FOUR_STAGES, *NARROW, *SHORT]
-    options += ["knn_samples=0"]
-    config = small_run(scenes, tmp_path / "run", "knn_samples=0", "checkpoint_every=1")
-    config.stages = config.stages[:1]
-    run(config)
-    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    folder = shutil.copytree(pretrained_run, tmp_path / "run")
+    store = CheckpointStore(folder / "checkpoints")
+    (folder / "summary.json").unlink()  # as if it had not come that far
+    shutil.rmtree(folder / "checkpoints" / f"step_{store.newest():08d}")
     steps = store.steps()
-    largest = max(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file())
-    program = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({largest // 2}, {largest // 2})); "
-        "sys.argv = ['dicm', *sys.argv[1:]]; import dicm; dicm.main()"
+    largest = max(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    words = ["pretrain", "small", f"data={scenes}", f"run={folder}", "launcher=local", "workers=1", *FOUR_STAGES]
+    said = tmp_path / "said"
+    process = multiprocessing.get_context("forkserver").Process(
+        target=dicm_with_small_files, args=(largest // 2, [*words, *NARROW, *SHORT], said)
     )
-    (tmp_path / "run" / "summary.json").unlink()
-    (tmp_path / "run" / "config.yaml").unlink()
-    result = subprocess.run(
-        [sys.executable, "-c", program, "pretrain", "small", *options, "workers=1"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert_refused(result, str(tmp_path / "run" / "checkpoints"), "run the same command again")
+    process.start()
+    process.join()
+    result = Result(process.exitcode or 0, "", said.read_text())
+    assert_refused(result, str(folder / "checkpoints"), "run the same command again")
     assert store.steps() == steps
     assert store.newest() == steps[-1]
 
@@ -93,16 +95,15 @@ def test_run__in_a_folder_where_another_driver_is_at_work(scenes: Path, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_run__all_checkpoints_damaged_does_not_begin_anew(scenes: Path, tmp_path: Path):
-    options = [f"data={scenes}", f"run={tmp_path}", "launcher=local", "workers=1", *NARROW, *SHORT, "knn_samples=0"]
-    options += ["only=[ssl]"]
-    assert dicm("pretrain", "small", *options).returncode == 0
-    (tmp_path / "summary.json").unlink()  # as if it had not come that far
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    for path in tmp_path.rglob("state.pt"):
+def test_run__all_checkpoints_damaged_does_not_begin_anew(pretrained_run: Path, scenes: Path, tmp_path: Path):
+    folder = shutil.copytree(pretrained_run, tmp_path / "run")
+    options = [f"data={scenes}", f"run={folder}", "launcher=local", "workers=1", *FOUR_STAGES, *NARROW, *SHORT]
+    (folder / "summary.json").unlink()  # as if it had not come that far
+    before = (folder / "metrics.jsonl").read_bytes()
+    for path in folder.rglob("state.pt"):
         os.truncate(path, 1000)
-    assert_refused(dicm("pretrain", "small", *options), f"{tmp_path}/checkpoints: none of the", "remove the folder")
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert_refused(dicm("pretrain", "small", *options), f"{folder}/checkpoints: none of the", "remove the folder")
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_run__stopped_before_a_checkpoint_does_not_promise_one(
@@ -119,28 +120,6 @@ def test_run__stopped_before_a_checkpoint_does_not_promise_one(
 @pytest.mark.cluster
 def test_run__two_workers_on_ray(scenes: Path, tmp_path: Path):
     """The default launcher: the same run folder, written by two Ray workers."""
-    config = small_run(scenes, tmp_path / "run", "launcher=ray", "workers=2")
-    config.stages = [config.stages[0], config.stages[-1]]
-    folder = run(config)
+    folder = run(small_run(scenes, tmp_path / "run", "launcher=ray", "workers=2", "only=[ssl]", "knn_samples=0"))
     assert (folder / "summary.json").is_file()
     assert '"world": 2' in (folder / "metrics.jsonl").read_text()
-
-
-def test_run__local_launcher_never_imports_ray(scenes: Path, tmp_path: Path):
-    """Ray is hidden: an import of it anywhere would end the run."""
-    program = (
-        "import sys\n"
-        "class Hidden:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'ray': raise ImportError('ray is hidden')\n"
-        "sys.meta_path.insert(0, Hidden())\n"
-        "sys.argv = ['dicm', *sys.argv[1:]]\n"
-        "import dicm; dicm.main()"
-    )
-    options = [f"data={scenes}", f"run={tmp_path / 'run'}", "launcher=local", "workers=1"]
-    options += [*FOUR_STAGES, *NARROW, *SHORT]
-    subprocess.run(
-        [sys.executable, "-c", program, "pretrain", "small", *options],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, check=True, timeout=280,
-    )  # fmt: skip
-    assert (tmp_path / "run" / "summary.json").is_file()

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FOUR_STAGES, NARROW, REPOSITORY, SHORT, small_run
+from conftest import small_run
 from http_store import serving
 
+sys.path.insert(0, str(Path(__file__).parent))  # other processes import the functions by name
+
+from run_functions import pretrain_each, run_without_ray
+
+from cluster import runtime
 from cluster.checkpoint import CheckpointStore
 from data_pipeline.cache import ROOT_VARIABLE
 from data_pipeline.manifest import Manifest, Split
@@ -42,10 +47,9 @@ def test_run__all_stages_leave_what_the_run_folder_promises(pretrained_run: Path
     assert CheckpointStore(pretrained_run / "checkpoints").newest() == trained[-1]["step"]
 
 
-def test_run__each_stage_changes_only_what_it_trains(scenes: Path, tmp_path: Path):
+def test_run__each_stage_changes_only_what_it_trains(pretrained_run: Path):
     """Parameters and statistics at the ends of the stages, part by part."""
-    folder = run(small_run(scenes, tmp_path, "keep_checkpoints=100", "checkpoint_every=100"))
-    store = CheckpointStore(folder / "checkpoints")
+    store = CheckpointStore(pretrained_run / "checkpoints")
     states = [store.load(step) for step in store.steps()]
     assert [state["progress"]["stage"] for state in states] == [0, 1, 2, 3]
 
@@ -63,27 +67,30 @@ def test_run__each_stage_changes_only_what_it_trains(scenes: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_run__killed_at_any_moment_continues_bit_for_bit(scenes: Path, tmp_path: Path):
-    """SIGKILL twice, at moments of no importance; losses of the whole run equal those of an uninterrupted one."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+def test_run__killed_at_any_moment_continues_bit_for_bit(pretrained_run: Path, scenes: Path, tmp_path: Path):
+    """SIGKILL twice, at moments of no importance; losses of the whole run equal those of an uninterrupted one. And
+    Ray is hidden: plain torch needs none."""
+    config = small_run(scenes, tmp_path, "checkpoint_every=2")
+    context, metrics = multiprocessing.get_context("forkserver"), tmp_path / "metrics.jsonl"
 
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "dicm", "pretrain", "small", f"data={scenes}", f"run={folder}",
-                   "launcher=local", "workers=1", *FOUR_STAGES, *NARROW, *SHORT, "checkpoint_every=2", "seed=7"]  # fmt: skip
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start() -> ForkServerProcess:
+        process = context.Process(target=run_without_ray, args=(config,))
+        process.start()
+        return process
 
-    assert start(tmp_path / "whole").wait() == 0
-    metrics = tmp_path / "killed" / "metrics.jsonl"
     for lines in (3, 6):
-        process = start(tmp_path / "killed")
-        while process.poll() is None:
+        process = start()
+        while process.is_alive():
             if metrics.is_file() and len(metrics.read_text().splitlines()) >= lines:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 break
-            time.sleep(0.05)
-        assert process.wait() == -signal.SIGKILL
-    assert start(tmp_path / "killed").wait() == 0
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+            time.sleep(0.02)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    process = start()
+    process.join()
+    assert process.exitcode == 0
+    assert losses(tmp_path) == losses(pretrained_run)
 
 
 @pytest.mark.parametrize("method", ["simsiam", "byol", "simclr"])
@@ -116,43 +123,53 @@ def test_run__target_bpp_moves_the_weight_towards_the_target(scenes: Path, tmp_p
     assert weights[100.0][-1] < weights[1e-4][-1]
 
 
-def first_stage_losses(scenes: Path, folder: Path, *extra: str) -> list[float]:
-    options = ["precision=fp32", "knn_samples=0", "only=[ssl]"]
-    return list(losses(run(small_run(scenes, folder, *options, *extra))).values())
+FIRST_STAGE = ["precision=fp32", "knn_samples=0", "only=[ssl]"]
+SHARDED = ["precision=fp32", "knn_samples=0", "only=[redundancy]", "stages.redundancy.epochs=1", "checkpoint_every=2",
+           "keep_checkpoints=9", "shard_optimizer=true"]  # fmt: skip
+BY_COMPRESSION = ["only=[codec]", "codec.redundancy=false", "knn_samples=0"]
 
 
 def test_run__recomputed_activations_change_no_loss(scenes: Path, tmp_path: Path):
     """fairscale's checkpoint_wrapper, step by step against a run without it."""
-    plain = first_stage_losses(scenes, tmp_path / "plain")
-    recomputed = first_stage_losses(scenes, tmp_path / "recomputed", "activation_checkpointing=true")
+    plain = losses(run(small_run(scenes, tmp_path / "plain", *FIRST_STAGE)))
+    recomputed = losses(run(small_run(scenes, tmp_path / "recomputed", *FIRST_STAGE, "activation_checkpointing=true")))
     assert recomputed == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def of_two_workers(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs of two workers: plain DDP, what is to change none of its losses, OSS, and compression alone."""
+    folder = tmp_path_factory.mktemp("two")
+    runs = {
+        "plain": FIRST_STAGE,
+        "shard_optimizer": [*FIRST_STAGE, "shard_optimizer=true"],
+        "activation_checkpointing": [*FIRST_STAGE, "activation_checkpointing=true"],
+        "sharded": SHARDED,
+        "compression": BY_COMPRESSION,
+    }
+    configs = [small_run(scenes, folder / name, *options, "workers=2") for name, options in runs.items()]
+    runtime.run(pretrain_each, configs, workers=2, launcher="local", run_dir=str(folder))
+    return folder
+
+
 @pytest.mark.slow
-def test_run__sharded_optimizer_and_recomputation_change_no_loss_of_two_workers(scenes: Path, tmp_path: Path):
+def test_run__sharded_optimizer_and_recomputation_change_no_loss_of_two_workers(of_two_workers: Path):
     """fairscale's OSS and checkpoint_wrapper, step by step against plain DDP."""
-    plain = first_stage_losses(scenes, tmp_path / "plain", "workers=2")
-    for option in ("shard_optimizer=true", "activation_checkpointing=true"):
-        changed = first_stage_losses(scenes, tmp_path / option, "workers=2", option)
-        assert changed == pytest.approx(plain, rel=1e-5), option
+    plain = losses(of_two_workers / "plain")
+    for option in ("shard_optimizer", "activation_checkpointing"):
+        assert losses(of_two_workers / option) == pytest.approx(plain, rel=1e-5), option
 
 
 @pytest.mark.slow
-def test_run__sharded_state_goes_on_with_any_number_of_workers(scenes: Path, tmp_path: Path):
+def test_run__sharded_state_goes_on_with_any_number_of_workers(scenes: Path, of_two_workers: Path, tmp_path: Path):
     """A run of OSS on two workers loses its last checkpoint and goes on from the one before, with two and with one."""
-    options = ["precision=fp32", "knn_samples=0", "only=[redundancy]", "stages.redundancy.epochs=1",
-               "checkpoint_every=2", "keep_checkpoints=9"]  # fmt: skip
-
-    def run_on(workers: int) -> list[float]:
-        sharded = "shard_optimizer=true"
-        return list(losses(run(small_run(scenes, tmp_path, *options, sharded, f"workers={workers}"))).values())
-
-    whole = run_on(2)
+    whole = losses(of_two_workers / "sharded")
+    assert len(whole) == 3
     for workers, tolerance in ((2, 1e-5), (1, 0.05)):  # one worker sees the same images, under other noise
-        shutil.rmtree(tmp_path / "checkpoints" / "step_00000003")
-        (tmp_path / "summary.json").unlink()
-        again = run_on(workers)
-        assert len(again) == len(whole) == 3
+        folder = shutil.copytree(of_two_workers / "sharded", tmp_path / str(workers))
+        shutil.rmtree(folder / "checkpoints" / "step_00000003")
+        (folder / "summary.json").unlink()
+        again = losses(run(small_run(scenes, folder, *SHARDED, f"workers={workers}")))
         assert again == pytest.approx(whole, rel=tolerance)
 
 
@@ -196,15 +213,15 @@ def test_run__data_at_a_url_changes_no_loss_and_passes_over_a_bad_image(
     assert {line["index"] for line in named} == {5}
 
 
-def test_run__compression_begins_as_a_klt_at_any_number_of_workers(scenes: Path, tmp_path: Path):
-    def first_distortion(name: str, *options: str) -> float:
-        folder = run(
-            small_run(scenes, tmp_path / name, "only=[codec]", "codec.redundancy=false", "knn_samples=0", *options)
-        )
+@pytest.mark.slow
+def test_run__compression_begins_as_a_klt_at_any_number_of_workers(scenes: Path, of_two_workers: Path, tmp_path: Path):
+    def first_distortion(folder: Path) -> float:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return float(rows[0]["distortion"])
 
-    random = first_distortion("random", "stages.codec.klt=false")
-    alone = first_distortion("alone")
+    random, alone = (
+        first_distortion(run(small_run(scenes, tmp_path / name, *BY_COMPRESSION, f"stages.codec.klt={klt}")))
+        for name, klt in (("random", "false"), ("alone", "true"))
+    )
     assert alone < 0.3 * random
-    assert first_distortion("two", "workers=2") == pytest.approx(alone, rel=0.1)
+    assert first_distortion(of_two_workers / "compression") == pytest.approx(alone, rel=0.1)

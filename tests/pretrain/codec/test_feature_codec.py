@@ -7,11 +7,12 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_codecs import NARROW, create_codec, random_images
+from small_codecs import NARROW, create_codec, random_images, wake
 from torch import Tensor
 
 from data_pipeline.views import normalize
@@ -373,8 +374,12 @@ def test_from_pretrained__hub_id_without_a_connection(monkeypatch: pytest.Monkey
         FeatureCodec.from_pretrained("nobody-at-all/no-codec")
 
 
-def test_compile__leaves_streams_and_features_as_they_are(codec: FeatureCodec):
+def test_compile__leaves_streams_and_features_as_they_are():
     """The graphs that are captured, run by torch's own kernels; the default backend needs a C++ compiler."""
+    torch.manual_seed(0)
+    one_of_each = replace(NARROW, backbone="test_resnet", re_depths=[1, 0, 0], rgc_orders=[0, 0, 2])
+    codec = wake(FeatureCodec(one_of_each).eval().requires_grad_(False))
+    codec.g_a[-1].weight.mul_(4)  # symbols that are not all zero
     compiled, image = copy.deepcopy(codec), random_images(1, 64, 96)[0]
     compiled.compile(backend="eager")
     stream = compiled.encode(image)
