@@ -48,6 +48,7 @@ import torch  # noqa: E402
 from ray import cloudpickle  # noqa: E402
 from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: E402
 from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback  # noqa: E402
 
 from cluster.clocks import check_clocks  # noqa: E402
 from cluster.errors import PeerLost, Restart, RunError, first_line, is_ours, last_line, portable  # noqa: E402
@@ -124,6 +125,12 @@ class _Trainer(TorchTrainer):
     """TorchTrainer under our policies; Ray Train chooses its own where the controller is made."""
 
     policies: dict[str, Any]
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray Data's would start a process with every group of workers, seconds of a core; ours read shards themselves.
+        return [
+            callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)
+        ]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         function = _Carried(self._get_train_func())

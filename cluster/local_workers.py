@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -44,10 +44,13 @@ class Failure:
 
 def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int) -> None:
     """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises."""
-    context = torch.multiprocessing.get_context("spawn")
+    # What the function needs is imported once, not by every worker. Where a program has begun such processes before,
+    # these share what those do, and import the rest.
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([function.__module__])
     # The store lives here and has its port from the system: no other process can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes: list[SpawnProcess] = []
+    processes: list[ForkServerProcess] = []
     receivers: list[Connection] = []
     try:
         told = threading.Event()
@@ -60,7 +63,7 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
             with sigterm_held_back():
                 for rank in range(workers):
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (function, config, rank, workers, store.port, sender)
+                    arguments = (function, config, rank, workers, store.port, dict(os.environ), sender)
                     process = context.Process(target=_work_in_process, args=arguments, name=f"worker {rank}")
                     process.start()
                     sender.close()
@@ -84,7 +87,8 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
 def sigterm_held_back() -> Iterator[None]:
     """SIGTERM waits while the block lasts, and in processes started in it until they take it.
 
-    One that imports still has no handler, and would die of what is to let it save and end.
+    One that imports still has no handler, and would die of what is to let it save and end. The server of processes
+    hands its mask on: where it starts in this block, SIGTERM waits in all that it starts.
     """
     resource_tracker.ensure_running()  # it lets SIGTERM through as it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -94,9 +98,9 @@ def sigterm_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _wait(processes: list[SpawnProcess]) -> None:
+def _wait(processes: list[ForkServerProcess]) -> None:
     """Return when all have ended, or some time after one has failed."""
-    running: dict[Any, SpawnProcess] = {process.sentinel: process for process in processes}
+    running: dict[Any, ForkServerProcess] = {process.sentinel: process for process in processes}
     deadline: float | None = None
     while running:
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -110,7 +114,7 @@ def _wait(processes: list[SpawnProcess]) -> None:
                 deadline = time.monotonic() + GRACE_SECONDS
 
 
-def _terminate(processes: list[SpawnProcess]) -> None:
+def _terminate(processes: list[ForkServerProcess]) -> None:
     for process in processes:
         process.terminate()
 
@@ -149,12 +153,14 @@ def _how_it_died(code: int) -> str:
 
 
 def _work_in_process(
-    function: Callable[[Runtime, Any], None], config: Any, rank: int, workers: int, port: int, sender: Connection
-) -> None:
+    function: Callable[[Runtime, Any], None], config: Any, rank: int, workers: int, port: int,
+    environment: dict[str, str], sender: Connection,
+) -> None:  # fmt: skip
     """Body of a worker process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # where the server had started before
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
     threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ |= {
+    os.environ |= environment | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(workers),
@@ -166,7 +172,7 @@ def _work_in_process(
     try:
         runtime = LocalRuntime()
         with on_sigterm(runtime.stop):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back until there was a handler
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             function(runtime, config)
     except Exception as error:
         # Said before the connections close: what the other ranks then raise is later, and no cause.

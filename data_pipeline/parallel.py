@@ -74,6 +74,8 @@ def _settle() -> None:
     import cv2
 
     cv2.setNumThreads(0)
+    # A server of processes that was started for workers of a run holds SIGTERM back.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # Ctrl-C reaches every process of the terminal; the parent sees to it, and workers have nothing to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -55,7 +55,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _one_server_of_processes() -> None:
     """What processes are taken from has torch and the trainer, whichever test asks for one first."""
-    multiprocessing.set_forkserver_preload(["data_pipeline.decoding", "pretrain.run"])
+    multiprocessing.set_forkserver_preload(["data_pipeline.decoding", "pretrain.run", "downstream.evaluation.sweep"])
     forkserver.ensure_running()
 
 

@@ -177,7 +177,8 @@ def _measure(
             collect_one(point, partial(measure_point, config, point, out))
     elif waiting:
         threads = max(1, len(os.sched_getaffinity(0)) // config.parallel)
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # imported once for all
         workers = min(config.parallel, len(waiting))
         with ProcessPoolExecutor(workers, context, _start_worker, (threads,)) as pool:
             with sigterm_held_back():  # by processes that have no handler yet, too

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 CLASSES = ("red", "green", "blue")
 
 
@@ -37,12 +38,11 @@ def write_colours(root: Path, *, train: int = 48, val: int = 18) -> Path:
 
 
 @pytest.fixture(scope="session")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_colours(tmp_path_factory.mktemp("data") / "colours")
+def colours(made_once: MadeOnce) -> Path:
+    return made_once("colours", write_colours)
 
 
-@pytest.fixture(scope="session")
-def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_random_codec(folder: Path) -> None:
     from pretrain.codec.config import CodecConfig
     from pretrain.codec.feature_codec import FeatureCodec
 
@@ -63,9 +63,12 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     with torch.no_grad():  # latents of some size, as trained ones have: the streams differ from image to image
         codec.g_a[-1].weight.mul_(30)
-    folder = tmp_path_factory.mktemp("codecs") / "random"
     codec.eval().save_pretrained(folder, extra={"image_size": 64, "canvas_size": 64})
-    return folder
+
+
+@pytest.fixture(scope="session")
+def codec_folder(made_once: MadeOnce) -> Path:
+    return made_once("random", write_random_codec)
 
 
 def _options(codec: Path, data: Path, run: Path, *overrides: str) -> list[str]:
@@ -82,46 +85,41 @@ def options() -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def finetuned(codec_folder: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finetuned(codec_folder: Path, colours: Path, made_once: MadeOnce) -> Path:
     """A complete run on streams."""
     from downstream.finetune import resolve, run
 
-    folder = tmp_path_factory.mktemp("runs") / "streams"
-    run(resolve("classification", _options(codec_folder, colours, folder)))
-    return folder
+    return made_once("streams", lambda folder: run(resolve("classification", _options(codec_folder, colours, folder))))
 
 
 @pytest.fixture(scope="session")
-def clean(codec_folder: Path, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clean(codec_folder: Path, colours: Path, made_once: MadeOnce) -> Path:
     """A complete run on clean pixels."""
-    from downstream import finetune
+    from downstream.finetune import resolve, run
 
-    folder = tmp_path_factory.mktemp("runs") / "clean"
-    options = [
-        f"codec={codec_folder}", f"data={colours}", f"run={folder}", "launcher=local", "precision=fp32", "epochs=2",
-        "batch_size=12", "input=pixels",
-    ]  # fmt: skip
-    finetune.run(finetune.resolve("classification", options))
-    return folder
+    def make(folder: Path) -> None:
+        options = [
+            f"codec={codec_folder}", f"data={colours}", f"run={folder}", "launcher=local", "precision=fp32", "epochs=2",
+            "batch_size=12", "input=pixels",
+        ]  # fmt: skip
+        run(resolve("classification", options))
+
+    return made_once("clean", make)
 
 
 @pytest.fixture(scope="session")
-def swept(clean: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep over the codec and two anchors, in two processes."""
+def swept(clean: Path, made_once: MadeOnce) -> Path:
+    """A sweep over the codec and two anchors."""
     from downstream.evaluation.points import resolve
     from downstream.evaluation.sweep import sweep
 
-    out = tmp_path_factory.mktemp("sweeps") / "sweep"
-    sweep(resolve("classification", [f"runs={clean}", f"out={out}", "anchors=jpeg:5,hevc:45@0.5", "epochs=1",
-                                     "options=lr=0.01", "parallel=2"]))  # fmt: skip
-    return out
+    options = [f"runs={clean}", "anchors=jpeg:5,hevc:45@0.5", "epochs=1", "options=lr=0.01"]
+    return made_once("sweep", lambda out: sweep(resolve("classification", [*options, f"out={out}"])))
 
 
 @pytest.fixture(scope="session")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def codec(made_once: MadeOnce) -> Path:
     """A codec whose random weights fill many symbols."""
     from small_codecs import create_codec
 
-    folder = tmp_path_factory.mktemp("codecs") / "narrow"
-    create_codec().save_pretrained(folder)
-    return folder
+    return made_once("narrow", lambda folder: create_codec(backbone="test_resnet").save_pretrained(folder))

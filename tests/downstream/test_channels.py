@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("segmentation")
     write_scenes(folder / "scenes", train=8, val=4, size=64, seed=0)
-    create_codec().save_pretrained(folder / "codec")
+    create_codec(backbone="test_resnet").save_pretrained(folder / "codec")
     run(resolve("semantic_segmentation_small", options(folder, "run")))
     return folder
 

@@ -82,15 +82,6 @@ def test_run__stopped_run_continues_to_the_same_weights(exported_codec: Path, sc
     assert all(torch.equal(states[0]["model"][name], tensor) for name, tensor in states[1]["model"].items())
 
 
-def test_evaluate__gives_the_same_figures_again(exported_codec: Path, scenes: Path, tmp_path: Path):
-    results = fine_tune(exported_codec, scenes, tmp_path / "run")
-    assert dicm("evaluate", tmp_path / "run").returncode == 0
-    again = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert {key: again[key] for key in ("top1", "top5", "bpp")} == {
-        key: results[key] for key in ("top1", "top5", "bpp")
-    }
-
-
 def test_finetune__bad_input(exported_codec: Path, scenes: Path, tmp_path: Path):
     def refused(*words: str, data: Path = scenes, codec: Path = exported_codec, more: tuple[str, ...] = ()) -> None:
         arguments = options(codec, data, tmp_path / "run", *more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,11 @@ def detected(codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )  # fmt: skip
     shutil.rmtree(data)
     return folder / "run"
+
+
+def labelled(count: int) -> list[tuple[np.ndarray, dict[str, Any]]]:
+    """Such images, with a class each."""
+    return [(pixels, {"label": number % 3}) for number, (pixels, _) in enumerate(rectangles(count))]
 
 
 @pytest.fixture
@@ -137,8 +143,9 @@ def test_predict__a_run_that_is_not_complete_or_of_another_codec(
 
 
 def test_predict__another_anchor_in_the_place_of_the_runs_is_refused(
-    codec_folder: Path, colours: Path, photos: Path, tmp_path: Path, options
+    codec_folder: Path, photos: Path, tmp_path: Path, options
 ):
+    data = write_objects(tmp_path / "data", {"train": labelled(12), "val": labelled(3)})
     weights = tmp_path / "weights.safetensors"
 
     def write(seed: int) -> None:
@@ -148,7 +155,7 @@ def test_predict__another_anchor_in_the_place_of_the_runs_is_refused(
 
     write(0)
     anchor = ("input=pixels", "anchor=bmshj2018-factorized:1", f"anchor_weights={weights}", "epochs=1")
-    finetune.run(finetune.resolve("classification", options(codec_folder, colours, tmp_path / "run", *anchor)))
+    finetune.run(finetune.resolve("classification", options(codec_folder, data, tmp_path / "run", *anchor)))
     arguments = ("predict", "classification", tmp_path / "run", photos / "photo0.png", "-o", tmp_path / "out")
     assert dicm(*arguments).returncode == 0
     write(1)

@@ -19,6 +19,7 @@ from cluster.metrics import read_rows
 from cluster.runtime import on_sigterm
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
+from data_pipeline.scenes import write_scenes
 from downstream import finetune, stream_cache
 from downstream.errors import TaskError
 from downstream.stream_cache import STREAM, StreamDataset
@@ -39,10 +40,26 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 16 + 4 scenes."""
+    folder = tmp_path_factory.mktemp("data") / "few"
+    write_scenes(folder, train=16, val=4, size=64, seed=0)
+    return folder
+
+
 def config_of(recipe: str, codec: Path, data: Path, run: Path, *more: str):
     common = ["launcher=local", "precision=fp32", "epochs=3", "log_every=1", "cache=bitstreams", "cache_views=3"]
     places = [f"codec={codec}", f"data={data}", f"run={run}"]
     return finetune.resolve(recipe, [*places, *common, *CASES[recipe], *more])
+
+
+@pytest.fixture(scope="module")
+def whole(codec: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete classification."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    finetune.run(config_of("classification", codec, few, folder))
+    return folder
 
 
 def task_of(config: Any):
@@ -52,19 +69,19 @@ def task_of(config: Any):
 
 
 @pytest.mark.parametrize("recipe", CASES)
-def test_run__trains_from_streams_that_were_encoded_once(recipe: str, codec: Path, scenes: Path, tmp_path: Path):
-    config = config_of(recipe, codec, scenes, tmp_path / "run")
+def test_run__trains_from_streams_that_were_encoded_once(recipe: str, codec: Path, few: Path, tmp_path: Path):
+    config = config_of(recipe, codec, few, tmp_path / "run")
     results = finetune.run(config)
-    assert results["images"] == 16
+    assert results["images"] == 4
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["stage"] == "streams" and rows[0]["encoding_seconds"] > 0
     folder = tmp_path / "run" / "streams"
     manifest = Manifest.load(folder)
     views = 2 if recipe.startswith(("detection", "instance")) else 3
-    assert [split.num_samples for split in manifest.splits.values()] == [48] * views
+    assert [split.num_samples for split in manifest.splits.values()] == [16] * views
     task = task_of(config)
     dataset = StreamDataset.of_task(task)
-    for number in (0, 17):
+    for number in (0, 13):
         seen = set()
         for turn in range(views):
             sample = dataset.raw(number, turn * len(dataset))
@@ -88,18 +105,17 @@ def test_run__loss_from_streams_is_that_of_the_images_they_were_made_of(codec: P
 
 
 def test_build_streams__goes_on_with_what_was_encoded(
-    codec: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codec: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(stream_cache, "PART", 20)
-    whole = config_of("classification", codec, scenes, tmp_path / "whole")
-    finetune.run(whole)
-    config = config_of("classification", codec, scenes, tmp_path / "cut")
+    monkeypatch.setattr(stream_cache, "PART", 6)
+    assert stream_cache.build_streams(task_of(config_of("classification", codec, few, tmp_path / "whole")))
+    config = config_of("classification", codec, few, tmp_path / "cut")
     task = task_of(config)
     encode, calls, resumed = task.source.encode, [], []
 
     def failing(image: torch.Tensor) -> bytes:
         calls.append(1)
-        if len(calls) == 70 and not resumed:
+        if len(calls) == 24 and not resumed:
             raise RuntimeError("cut off")
         return encode(image)
 
@@ -110,7 +126,7 @@ def test_build_streams__goes_on_with_what_was_encoded(
     calls.clear()
     resumed.append(True)
     stream_cache.build_streams(task)
-    assert len(calls) == 3 * 48 - (48 + 20)  # the first view and a part of the second were whole
+    assert len(calls) == 3 * 16 - (16 + 6)  # the first view and a part of the second were whole
     manifests = [Manifest.load(tmp_path / name / "streams") for name in ("whole", "cut")]
     assert [shard.sha256 for split in manifests[0].splits.values() for shard in split.shards] == [
         shard.sha256 for split in manifests[1].splits.values() for shard in split.shards
@@ -118,21 +134,23 @@ def test_build_streams__goes_on_with_what_was_encoded(
 
 
 @pytest.mark.slow
-def test_build_streams__two_workers_share_the_parts(codec: Path, scenes: Path, tmp_path: Path):
-    for workers in (1, 2):
-        finetune.run(config_of("classification", codec, scenes, tmp_path / str(workers), f"workers={workers}"))
-    alone, both = (Manifest.load(tmp_path / name / "streams") for name in "12")
+def test_run__two_workers_share_the_parts_and_see_each_sample_once(whole: Path, codec: Path, few: Path, tmp_path: Path):
+    """Plain torch DDP; the validation images of both ranks add up to the split."""
+    results = finetune.run(config_of("classification", codec, few, tmp_path / "both", "workers=2"))
+    alone, both = (Manifest.load(run / "streams") for run in (whole, tmp_path / "both"))
     assert alone.splits == both.splits
+    assert results["images"] == 4
+    assert read_rows(tmp_path / "both" / "metrics.jsonl")[-1]["step"] == 3 * 16 // 8
 
 
-def test_cache_folder__serves_other_runs_and_refuses_what_was_made_otherwise(codec: Path, scenes: Path, tmp_path: Path):
+def test_cache_folder__serves_other_runs_and_refuses_what_was_made_otherwise(codec: Path, few: Path, tmp_path: Path):
     shared = f"cache_folder={tmp_path / 'streams'}"
-    finetune.run(config_of("classification", codec, scenes, tmp_path / "a", shared))
+    finetune.run(config_of("classification", codec, few, tmp_path / "a", shared, "epochs=1"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "streams").glob("*.tar")}
-    finetune.run(config_of("classification", codec, scenes, tmp_path / "b", shared, "lr=0.01", "epochs=1"))
+    finetune.run(config_of("classification", codec, few, tmp_path / "b", shared, "lr=0.01", "epochs=1"))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "streams").glob("*.tar")} == before
     assert not (tmp_path / "b" / "streams").exists()
-    common = [f"codec={codec}", f"data={scenes}", f"run={tmp_path / 'c'}", "launcher=local", "cache=bitstreams",
+    common = [f"codec={codec}", f"data={few}", f"run={tmp_path / 'c'}", "launcher=local", "cache=bitstreams",
               "cache_views=3", *CASES["classification"], shared]  # fmt: skip
     assert_refused(dicm("finetune", "classification", *common, "scale_min=0.9"), "scale_min", "0.4 there, 0.9 here")
     other = shutil.copytree(codec, tmp_path / "codec")
@@ -147,15 +165,15 @@ def test_cache_folder__serves_other_runs_and_refuses_what_was_made_otherwise(cod
     assert_refused(dicm("finetune", "classification", *common), "streams.json")
 
 
-def test_cache__is_refused_where_it_is_idle(codec: Path, scenes: Path, tmp_path: Path):
-    places = [f"codec={codec}", f"data={scenes}", f"run={tmp_path / 'run'}"]
+def test_cache__is_refused_where_it_is_idle(codec: Path, few: Path, tmp_path: Path):
+    places = [f"codec={codec}", f"data={few}", f"run={tmp_path / 'run'}"]
     assert_refused(dicm("finetune", "classification", *places, "cache=bitstreams", "probe=true"), "probe=true")
     assert_refused(dicm("finetune", "classification", *places, "cache=pictures"), "cache=pictures", "bitstreams")
     assert_refused(dicm("finetune", "classification", *places, "cache_views=0"), "cache_views=0")
 
 
-def test_cache_folder__that_holds_something_else_is_left_alone(codec: Path, scenes: Path, tmp_path: Path):
-    data = shutil.copytree(scenes, tmp_path / "data")
+def test_cache_folder__that_holds_something_else_is_left_alone(codec: Path, few: Path, tmp_path: Path):
+    data = shutil.copytree(few, tmp_path / "data")
     before = {path: path.read_bytes() for path in data.iterdir()}
     places = [f"codec={codec}", f"data={data}", f"run={tmp_path / 'run'}", "launcher=local", f"cache_folder={data}",
               "batch_size=8"]  # fmt: skip
@@ -165,9 +183,9 @@ def test_cache_folder__that_holds_something_else_is_left_alone(codec: Path, scen
 
 @pytest.mark.parametrize("same", [True, False])
 def test_prepare_folder__of_two_that_begin_at_once_the_second_compares_itself_with_the_first(
-    same: bool, codec: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    same: bool, codec: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    config = config_of("detection_small", codec, scenes, tmp_path / "run")
+    config = config_of("detection_small", codec, few, tmp_path / "run")
     folder, write = stream_cache.stream_folder(config), stream_cache.write_whole
     folder.mkdir(parents=True)
     (folder / ".streams.json.1").touch()  # the other is about to write
@@ -186,22 +204,19 @@ def test_prepare_folder__of_two_that_begin_at_once_the_second_compares_itself_wi
 
 
 def test_cache_folder__streams_without_pixels_do_not_serve_a_loss_that_needs_them(
-    codec: Path, scenes: Path, tmp_path: Path
+    codec: Path, few: Path, tmp_path: Path
 ):
     shared = f"cache_folder={tmp_path / 'streams'}"
-    finetune.run(config_of("detection_small", codec, scenes, tmp_path / "a", shared, "epochs=1"))
+    finetune.run(config_of("detection_small", codec, few, tmp_path / "a", shared, "epochs=1"))
     with pytest.raises(TaskError, match="pixels: False there, True here"):
-        finetune.run(config_of("detection_small", codec, scenes, tmp_path / "b", shared, "gate=dynamic"))
+        finetune.run(config_of("detection_small", codec, few, tmp_path / "b", shared, "gate=dynamic"))
     finetune.run(
-        config_of(
-            "detection_small", codec, scenes, tmp_path / "c", shared, "gate=dynamic", "feature_weight=0", "epochs=1"
-        )
+        config_of("detection_small", codec, few, tmp_path / "c", shared, "gate=dynamic", "feature_weight=0", "epochs=1")
     )  # its streams are the same
 
 
-def test_build_streams__damaged_parts_are_made_again(codec: Path, scenes: Path, tmp_path: Path):
-    config = config_of("classification", codec, scenes, tmp_path / "run", "epochs=1")
-    finetune.run(config)
+def test_build_streams__damaged_parts_are_made_again(whole: Path, codec: Path, few: Path, tmp_path: Path):
+    config = config_of("classification", codec, few, shutil.copytree(whole, tmp_path / "run"))
     folder = tmp_path / "run" / "streams"
     before = Manifest.load(folder)
     (folder / "parts" / "view0-000000.json").write_text("x")
@@ -209,20 +224,20 @@ def test_build_streams__damaged_parts_are_made_again(codec: Path, scenes: Path, 
     task = task_of(config)
     assert stream_cache.build_streams(task)
     assert Manifest.load(folder).splits == before.splits
-    assert StreamDataset.of_task(task).raw(3, 48)[STREAM]
+    assert StreamDataset.of_task(task).raw(3, 16)[STREAM]
     shard = folder / before.split("view2").shards[0].name
     data = bytearray(shard.read_bytes())
     data[600] ^= 1
     shard.write_bytes(data)
     with pytest.raises(DataError, match=r"remove .*streams, they are made again"):
-        StreamDataset.of_task(task).raw(3, 96)
+        StreamDataset.of_task(task).raw(3, 32)
 
 
 def test_build_streams__sigterm_stops_between_parts(
-    codec: Path, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codec: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(stream_cache, "PART", 16)
-    task = task_of(config_of("classification", codec, scenes, tmp_path / "run"))
+    monkeypatch.setattr(stream_cache, "PART", 8)
+    task = task_of(config_of("classification", codec, few, tmp_path / "run"))
     done: list[int] = []
 
     def tell(number: int, total: int) -> None:

@@ -6,15 +6,15 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, is_alive
+from conftest import is_alive
 from typer.testing import CliRunner
 
 from cluster.errors import RecipeError
@@ -149,16 +149,19 @@ def test_evaluate__tells_points_and_bd_rates(swept: Path, clean: Path, tmp_path:
     assert len(json.loads((out / "results.json").read_text())) == 7
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_sweep__told_to_stop_when_a_point_is_done_it_begins_no_other(parallel: int, clean: Path, tmp_path: Path):
+@pytest.mark.parametrize(("parallel", "qualities"), [(1, "5,10,20"), (2, "5,10,20,30,40,50")], ids=["1", "2"])
+def test_sweep__told_to_stop_when_a_point_is_done_it_begins_no_other(
+    parallel: int, qualities: str, clean: Path, tmp_path: Path
+):
     config = resolve("classification", [f"runs={clean}", f"out={tmp_path}", "anchors=jpeg", f"parallel={parallel}",
-                                        "qualities=5,10,20,30,40,50,60,70", "streams=false", "protocols=frozen"])  # fmt: skip
+                                        f"qualities={qualities}", "streams=false", "protocols=frozen"])  # fmt: skip
     with pytest.raises(StoppedError, match="the same command goes on"):
         sweep(config, lambda progress: os.kill(os.getpid(), signal.SIGTERM))
     done = len(list(tmp_path.glob("points/*/*/costs.json")))
-    assert 1 <= done < 8  # each process ends the point that it has begun, and may be ahead of what is told
+    total = len(qualities.split(","))
+    assert 1 <= done < total  # each process ends the point that it has begun, and may be ahead of what is told
     assert len(json.loads((tmp_path / "results.json").read_text())) == done
-    assert len(sweep(config)) == 8
+    assert len(sweep(replace(config, parallel=1))) == total
 
 
 def test_sweep__told_to_stop_before_there_are_processes_it_begins_none(
@@ -194,19 +197,19 @@ def test_sweep__a_process_that_is_killed_is_told_in_one_line_and_the_others_end_
     with pytest.raises(TaskError, match=r"parallel=2: a process was ended from outside.*smaller parallel=") as error:
         sweep(resolve("classification", given), kill_one)
     assert "\n" not in str(error.value)
-    code = "import sys\nfrom downstream.cli import app\nif __name__ == '__main__': app(sys.argv[1:])"
-    (tmp_path / "main.py").write_text(code)
-    command = [sys.executable, str(tmp_path / "main.py"), "evaluate", "classification", *given]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    before = len(list(tmp_path.glob("points/*/*/costs.json")))
-    while len(list(tmp_path.glob("points/*/*/costs.json"))) == before:
-        assert driver.poll() is None
+    endless = [f"runs={clean}", f"out={tmp_path / 'endless'}", "anchors=jpeg:5", "parallel=2", "epochs=100000",
+               "streams=false", "protocols=adapted", "options=log_every=1"]  # fmt: skip
+    config = resolve("classification", endless)
+    driver = multiprocessing.get_context("forkserver").Process(target=sweep, args=(config,))
+    driver.start()
+    while not list(tmp_path.glob("endless/points/*/*/metrics.jsonl")):
+        assert driver.is_alive()
         time.sleep(0.05)
-    children = [int(pid) for pid in Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()]
+    begun = [process.pid for process in psutil.Process(driver.pid).children(recursive=True)]
+    assert any(map(is_alive, begun))
     driver.kill()
-    driver.wait()
-    while any(map(is_alive, children)):
+    driver.join()
+    while any(map(is_alive, begun)):
         time.sleep(0.05)  # until the time-out of a test
 
 

@@ -25,7 +25,7 @@ def options(data: Path, run: Path, *further: str) -> list[str]:
 @pytest.fixture(scope="module")
 def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("anchors") / "bmshj2018-hyperprior-1"
-    further = options(colours, folder, "quality=1", "epochs=4", "lr=3e-4")
+    further = options(colours, folder, "quality=1", "epochs=2", "lr=1e-3")
     done = CliRunner().invoke(app, ["anchors", "train", "bmshj2018-hyperprior", *further], catch_exceptions=False)
     assert done.exit_code == 0 and "wrote" in done.output and "PSNR" in done.output
     return folder
@@ -33,7 +33,7 @@ def trained(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_train__learns_and_writes_what_an_anchor_reads(trained: Path, colours: Path):
     losses = [row["loss"] for row in read_rows(trained / "metrics.jsonl") if "loss" in row]
-    assert len(losses) == 24 and losses[-1] < 0.7 * losses[0]
+    assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
     results = read_results(trained)
     assert 0 < results["bpp_payload"] < results["bpp"] and results["psnr"] > 5
     anchor = create_anchor("bmshj2018-hyperprior:1", str(trained.with_suffix(".safetensors")))

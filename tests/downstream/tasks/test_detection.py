@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -88,10 +89,12 @@ GATES = {"dynamic": [], "variance": ["num_channels=5"], "none": []}
 def test_run__behind_a_gate_reads_chosen_channels_of_the_latent(
     gate: str, transform: str, codec: Path, data: Path, tmp_path: Path
 ):
-    options = [f"gate={gate}", f"transform={transform}", "epochs=2", *GATES[gate]]
+    epochs = 10 if transform == "synthesis" else 4  # it begins further away
+    options = [f"gate={gate}", f"transform={transform}", f"epochs={epochs}", *GATES[gate]]
     results = fine_tune("detection", codec, data, tmp_path / "run", *options)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert rows[-1]["feature_mse"] < rows[0]["feature_mse"]  # F becomes what the backbone's head gives
+    # F becomes what the backbone's head gives.
+    assert fmean(row["feature_mse"] for row in rows[-3:]) < fmean(row["feature_mse"] for row in rows[:3])
     channels = {"dynamic": results["channels"], "variance": 5, "none": 32}[gate]
     assert results["channels"] == channels and 1 <= channels <= 32
     again = finetune.evaluate_run(tmp_path / "run")

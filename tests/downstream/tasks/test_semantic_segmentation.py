@@ -161,7 +161,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("segmentation")
     write_scenes(folder / "scenes", train=8, val=4, size=64, seed=0)
-    create_codec().save_pretrained(folder / "codec")
+    create_codec(backbone="test_resnet").save_pretrained(folder / "codec")
     return folder
 
 
@@ -258,7 +258,7 @@ def test_run__latents_of_a_compressai_model(place: Path, tmp_path: Path):
     torch.manual_seed(0)
     model = image_models["bmshj2018-hyperprior"](quality=1).requires_grad_(False)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "w.safetensors")
-    latents = ["latents=bmshj2018-hyperprior", f"latents_weights={tmp_path / 'w.safetensors'}", "backbone=resnet18"]
+    latents = ["latents=bmshj2018-hyperprior", f"latents_weights={tmp_path / 'w.safetensors'}", "backbone=test_resnet"]
     overrides = options(place / "codec", place / "scenes", tmp_path / "run", "epochs=1", *latents)[1:]
     results = finetune.run(finetune.resolve("semantic_segmentation_small", overrides))
     assert results["codec"] is None and results["latents"] == "bmshj2018-hyperprior"
@@ -341,7 +341,7 @@ def test_run__masks_that_say_nothing_are_left_out_and_other_data_is_refused(plac
     (tmp_path / "c.json").write_text("[3, 40]")
     refused(scenes, "40", "0..31", more=("gate=static", f"channels={tmp_path / 'c.json'}"))
     refused(scenes, "c2.json", more=("gate=static", f"channels={tmp_path / 'c2.json'}"))
-    refused(scenes, "backbone=resnet50", "resnet18", "start=random", more=("backbone=resnet50",))
+    refused(scenes, "backbone=resnet50", "test_resnet", "start=random", more=("backbone=resnet50",))
     refused(scenes, "teacher=", "none.pt", more=(f"teacher={tmp_path / 'none.pt'}",))
     refused(scenes, "batch_size=9", "8 training samples", more=("batch_size=9",))
     refused(scenes, "latents=vgg", more=("latents=vgg",))
