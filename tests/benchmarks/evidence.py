@@ -58,7 +58,7 @@ def small(folder: Path) -> list[str]:
         step.result.parent.mkdir(parents=True, exist_ok=True)
     clean = done.pop().result.parent
     smoke.classification(clean, smoke.codec(folder), smoke.scenes(folder), "input=pixels")
-    wanted = ["anchors=hevc:51,hevc:42", "epochs=1", "parallel=1"]
+    wanted = ["anchors=hevc:51,hevc:42", "epochs=1", "parallel=1", "protocols=adapted"]
     sweep(resolve(study.task, [f"runs={clean}", f"out={sweep_step.result.parent}", *wanted]))
     for step in [*done, sweep_step]:
         step.result.touch()
