@@ -184,7 +184,7 @@ def _step(fields: dict[str, Any]) -> Step:
     return Step(
         split=fields["split"],
         next_job=fields["next_job"],
-        shard=None if shard is None else Shard(**{**shard, "offsets": tuple(shard["offsets"])}),
+        shard=None if shard is None else Shard.from_fields(shard),
         rejected=tuple(Rejected(**item) for item in fields["rejected"]),
     )
 

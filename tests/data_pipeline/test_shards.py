@@ -198,7 +198,11 @@ def test_load__a_folder_of_images_is_told_the_command(tmp_path: Path):
         Manifest.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": "x"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"schema_version": "x"}', "\udcff", "[" * 100_000, '{"schema_version": ' + "9" * 5000 + "}"],
+    ids=["empty", "cut", "list", "no_fields", "text_version", "no_utf8", "nested", "long_number"],
+)
 def test_load__damaged_manifest(tmp_path: Path, text: str):
     (tmp_path / "dataset.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=r"dataset\.json: damaged manifest.*build the data set again"):
@@ -207,12 +211,35 @@ def test_load__damaged_manifest(tmp_path: Path, text: str):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"name": "../train.tar"}, {"offsets": [0]}, {"offsets": [0, 1, 2]}, {"offsets": [0, 2048, 1024]}, {"bytes": 512}],
-)
-def test_load__damaged_shard_entry(tmp_path: Path, fields: dict):
+    [
+        {"name": "../train.tar"}, {"name": 5}, {"name": "a" * 300 + ".tar"}, {"sha256": "/home/me/train-000000"},
+        {"sha256": "../" + "0" * 61}, {"sha256": "A" * 64}, {"sha256": 7}, {"offsets": [0]}, {"offsets": [0, 1, 2]},
+        {"offsets": [0, 2048, 1024]}, {"offsets": [False, 2048, 4096]}, {"offsets": [0, 2048.0, 4096]}, {"offsets": 3},
+        {"bytes": 512}, {"bytes": True}, {"bytes": 10240.0}, {"bytes": 2**62}, {"samples": 3.0}, {"samples": -3},
+        {"colour": "red"},
+    ],
+)  # fmt: skip
+def test_load__names_the_field_of_a_damaged_shard(tmp_path: Path, fields: dict):
     write(tmp_path)
     damage(tmp_path, **fields)
-    with pytest.raises(DataError, match="damaged entry"):
+    with pytest.raises(DataError, match=rf"dataset\.json: damaged manifest \(.*{next(iter(fields))}") as refusal:
+        Manifest.load(tmp_path)
+    assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schema_version": True}, {"schema_version": "1"}, {"schema_version": 0}, {"name": ["x"]}, {"classes": "ab"},
+        {"classes": [1]}, {"semantic_classes": {"a": 1}}, {"semantic_classes": ["c"] * 256}, {"splits": []},
+        {"splits": {"train": []}}, {"splits": {"train": {"shards": "train-000000.tar"}}},
+    ],
+)  # fmt: skip
+def test_load__names_a_field_of_another_type(tmp_path: Path, fields: dict):
+    write(tmp_path)
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(DataError, match=rf"damaged manifest \(.*{next(iter(fields))}"):
         Manifest.load(tmp_path)
 
 
