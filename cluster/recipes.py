@@ -7,7 +7,8 @@
 
     stages.codec.epochs=30  stages.0.epochs=30  ssl.heatmap.method=eigencam  codec.re_depths=[1,1,2] or 1,1,2
 
-Values are YAML as OmegaConf reads it. In: a dataclass (the schema and the defaults), a recipe and overrides. Out: an
+Values are YAML as OmegaConf reads it, without its interpolation: a recipe or a run of someone else's could otherwise
+look up what the environment holds. In: a dataclass (the schema and the defaults), a recipe and overrides. Out: an
 object of that dataclass, or a RecipeError of one line before any work has started.
 """
 
@@ -71,6 +72,7 @@ def _changed(schema: type[C], values: dict[str, Any], overrides: list[str]) -> C
         if not separator or not key:
             raise RecipeError(f"{override!r} is not of the form key=value; write for example seed=1")
         _set(values, key, _parse(override, text, _hint_at(schema, key)))
+    _refuse_interpolation(values)
     _check(values, schema, schema)
     config = _build(schema, values)
     if hasattr(config, "validate"):
@@ -92,6 +94,7 @@ def load_saved(schema: type[C], path: Path) -> C:
     """Read what `save_config` wrote (RecipeError where it does not fit `schema`)."""
     values = _read_yaml(path)
     try:
+        _refuse_interpolation(values)
         _check(values, schema, schema)
         return _build(schema, values)
     except RecipeError as error:
@@ -113,13 +116,26 @@ def _build(schema: type[C], values: dict[str, Any]) -> C:
         config: C = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[assignment]
     except MissingMandatoryValue as error:
         raise _missing(schema, values, str(error.full_key)) from error
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere; the rest was checked key by key
+    except OmegaConfBaseException as error:  # what fits key by key, and not together
         key = _named(values, str(error.full_key or ""))
         raise RecipeError(f"{key}: {str(error.msg or error).splitlines()[0]}") from error
     for key, value in _flatten(config):
         if value == MISSING:
             raise _missing(schema, values, key)
     return config
+
+
+def _refuse_interpolation(values: Any, key: str = "") -> None:
+    """RecipeError for a text that OmegaConf would look up elsewhere; it shows the text, not what that stands for."""
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            _refuse_interpolation(name, key)
+            _refuse_interpolation(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str) and "${" in values:
+        raise RecipeError(
+            f"{key or values}={values}: values are not looked up elsewhere; write the value itself, or key=value on "
+            "the command line, where the shell fills in $NAME"
+        )
 
 
 def _missing(schema: type, values: Any, key: str) -> RecipeError:
@@ -174,7 +190,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse(override: str, text: str, hint: Any) -> Any:
     if hint is str:
         return text  # a folder called 1e5 or on stays what it is
-    if get_origin(hint) is list and text and not text.startswith(("[", "{", "$")):
+    if get_origin(hint) is list and text and not text.startswith(("[", "{")):
         text = f"[{text}]"  # anchors=jpeg,hevc for anchors=[jpeg,hevc]
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]

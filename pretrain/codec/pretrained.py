@@ -1,5 +1,8 @@
 """Codecs on disk: `model.safetensors` (weights, coder tables) and `config.json`; nothing that can run code.
 
+A folder may come from anyone. What `config.json` says is checked for type and range, is not interpolated, and has to
+fit the weights before a network of its sizes takes memory.
+
 CODEC/
   model.safetensors   state dict, and tables.{z,y2}.{cdf,lengths,offsets}
   config.json         {"schema_version", "config", "fingerprint", "extra"}
@@ -10,11 +13,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from reprlib import repr as shown
+from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
@@ -23,13 +25,12 @@ from torch import Tensor
 from cluster.files import write_whole
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.entropy import CoderTables
+from pretrain.codec.network import CodecNetwork
 from pretrain.errors import CodecError
-
-if TYPE_CHECKING:
-    from pretrain.codec.feature_codec import FeatureCodec
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LARGEST_CONFIG = 2**20  # bytes
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -81,25 +82,63 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it stands (CodecError: damaged or newer)."""
     path = folder / CONFIG
     try:
+        if (size := path.stat().st_size) > LARGEST_CONFIG:
+            raise ValueError(f"{size} bytes are more than {LARGEST_CONFIG}")
         facts = json.loads(path.read_text())
-        version = int(facts["schema_version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(facts, dict):
+            raise TypeError(f"{shown(facts)} is not a set of named facts")
+        version = facts["schema_version"]
+        if not _is_count(version):
+            raise TypeError(f"schema_version={shown(version)} is not a whole number of at least 1")
+        if version <= SCHEMA_VERSION:
+            _check_extra(facts.get("extra", {}))
+    # RecursionError: brackets without end.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CodecError(f"{path}: damaged ({type(error).__name__}: {error}); export the codec again") from error
     if version > SCHEMA_VERSION:
         raise CodecError(f"{path}: schema version {version} is newer than this dicm reads; update dicm")
     return facts
 
 
+def _check_extra(extra: Any) -> None:
+    """TypeError where the facts that tasks take sizes from are none."""
+    if not isinstance(extra, dict):
+        raise TypeError(f"extra={shown(extra)} is not a set of named facts")
+    for key in ("image_size", "canvas_size"):
+        if key in extra and not _is_count(extra[key]):
+            raise TypeError(f"extra.{key}={shown(extra[key])} is not a whole number of at least 1")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
 def codec_config(folder: Path, facts: dict[str, Any]) -> CodecConfig:
     """The sizes in config.json (CodecError: unknown keys or impossible values); weights are never fetched."""
+    config = CodecConfig()
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(CodecConfig), dict(facts["config"]), {"pretrained": False})
-        config: CodecConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        values = facts["config"]
+        if not isinstance(values, dict):
+            raise TypeError(f"{shown(values)} is not a set of named sizes")
+        for key, value in values.items():
+            if key not in vars(config):
+                raise KeyError(f"unknown key {shown(key)}")
+            if not _is_like(value, getattr(config, key)):
+                raise TypeError(f"{key}={shown(value)} is not like {getattr(config, key)!r}")
+            setattr(config, key, value)
+        config.pretrained = False
         config.validate()
-    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
-        what = str(error).splitlines()[0]
+    except (KeyError, TypeError, ValueError) as error:
+        what = error.args[0] if isinstance(error, KeyError) else error
         raise CodecError(f"{folder / CONFIG}: damaged, config: {what}; export the codec again") from error
     return config
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether `value` has the type of `default`; a whole number is a float, too, and no bool is a number."""
+    if isinstance(default, list):
+        return isinstance(value, list) and all(type(item) is int for item in value)
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -121,16 +160,18 @@ def take_tables(folder: Path, tensors: dict[str, Tensor]) -> CoderTables:
         raise CodecError(f"{folder / WEIGHTS}: coder tables: {error}; export the codec again") from error
 
 
-def load_weights(codec: FeatureCodec, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Fill `codec` with `tensors` (CodecError naming the first that do not fit its configuration)."""
-    expected = {name: tuple(tensor.shape) for name, tensor in codec.state_dict().items()}
+def check_weights(config: CodecConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """CodecError naming the first of `tensors` that do not fit `config`, before a codec of its sizes takes memory."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in CodecNetwork(config).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     names = sorted(expected.keys() | found.keys())
     different = [name for name in names if expected.get(name) != found.get(name)]
     if different:
-        shown = "; ".join(
-            f"{name} is {found.get(name, 'missing')}, {expected.get(name, 'unknown')} by {CONFIG}"
+        shapes = "; ".join(
+            f"{shown(name)} is {found.get(name, 'missing')}, {expected.get(name, 'unknown')} by {CONFIG}"
             for name in different[:2]
         )
-        raise CodecError(f"{folder}: weights of another configuration: {shown} ({len(different)} differ); export again")
-    codec.load_state_dict(tensors)
+        raise CodecError(
+            f"{folder}: weights of another configuration: {shapes} ({len(different)} differ); export again"
+        )
