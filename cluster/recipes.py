@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -32,6 +32,8 @@ from cluster.files import write_whole
 C = TypeVar("C")
 MISSING = "???"
 FOLDERS = {"data", "codec", "run"}  # mandatory texts that name a folder
+# In an address: `USER:SECRET@`, whatever the store; or one word, where it may be a token. A port is no secret.
+CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)[^@\s]*@|\b(?:https?|s3a?)://[^/@\s]+@")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 SAMPLES = {int: "1", float: "0.1", bool: "true", str: "TEXT"}
 
@@ -54,9 +56,12 @@ def load_config(schema: type[C], recipe: str | Path | None, overrides: list[str]
     Raises:
         RecipeError: unknown recipe or key, wrong type, missing value, no YAML; and whatever `schema.validate` raises.
     """
+    refuse_credentials(overrides)  # before any other error shows them
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(schema))  # type: ignore[assignment]
     if recipe is not None:
-        values = _merge(values, read_recipe(recipe, recipe_folder))
+        given = read_recipe(recipe, recipe_folder)
+        refuse_credentials(_texts(given))
+        values = _merge(values, given)
     return _changed(schema, values, overrides)
 
 
@@ -125,17 +130,39 @@ def _build(schema: type[C], values: dict[str, Any]) -> C:
     return config
 
 
-def _refuse_interpolation(values: Any, key: str = "") -> None:
-    """RecipeError for a text that OmegaConf would look up elsewhere; it shows the text, not what that stands for."""
+def refuse_credentials(texts: Iterable[str]) -> None:
+    """RecipeError for an address with a key or a token in it, which the error does not show.
+
+    The address would stand in the run's config, in the list of jobs, in logs and in errors.
+    """
+    for text in texts:
+        if CREDENTIALS.search(text):
+            key, separator, _ = text.partition("=")
+            named = f"{key}=" if separator and "://" not in key else ""
+            raise RecipeError(
+                f"{named}{text.removeprefix(named).partition('://')[0]}://...: the address holds credentials, which "
+                "would be written down with it; leave them out of it, and give them by environment variables "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile (AWS_PROFILE)"
+            )
+
+
+def _texts(values: Any, key: str = "") -> Iterator[str]:
+    """`key=value` of each text in nested dicts and lists."""
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            _refuse_interpolation(name, key)
-            _refuse_interpolation(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(values, str) and "${" in values:
-        raise RecipeError(
-            f"{key or values}={values}: values are not looked up elsewhere; write the value itself, or key=value on "
-            "the command line, where the shell fills in $NAME"
-        )
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str):
+        yield f"{key}={values}"
+
+
+def _refuse_interpolation(values: dict[str, Any]) -> None:
+    """RecipeError for a text that OmegaConf would look up elsewhere; it shows the text, not what that stands for."""
+    for text in _texts(values):
+        if "${" in text:
+            raise RecipeError(
+                f"{text}: values are not looked up elsewhere; write the value itself, or key=value on the command "
+                "line, where the shell fills in $NAME"
+            )
 
 
 def _missing(schema: type, values: Any, key: str) -> RecipeError:

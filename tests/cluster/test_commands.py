@@ -70,6 +70,13 @@ def test_check_command__refuses_what_a_job_would_lose_or_lack(words: str, said: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("words", ["pretrain small data=s3://K:hunter2@b", "export s3://K:hunter2@b /s/codec"])
+def test_check_command__credentials_do_not_become_a_jobs_command(words: str):
+    with pytest.raises(RunError, match="holds credentials") as refusal:
+        check(words)
+    assert "hunter2" not in str(refusal.value)
+
+
 def test_check_command__a_recipe_of_the_tree_is_found_by_its_full_path(tmp_path: Path):
     (tmp_path / "mine.yaml").touch()
     words = ["pretrain", str(tmp_path / "mine.yaml"), "run=/r"]

@@ -204,6 +204,31 @@ def test_load_config__a_recipe_or_a_run_of_others_reads_no_environment(
         assert "hunter2" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data=s3://KEY:hunter2@bucket/set", "dta=s3://KEY:hunter2@bucket", "seed=s3://KEY:hunter2/x+y@bucket",
+        "data=https://hunter2@host/set", "run=gs://:hunter2@bucket", "stages.codec.epochs=s3://a:hunter2@b",
+    ],
+)  # fmt: skip
+def test_load_config__credentials_in_an_address_are_refused_unseen(folder: Path, tmp_path: Path, override: str):
+    key, _, value = override.partition("=")
+    (tmp_path / "theirs.yaml").write_text(f"data: x\nrun: {value}\n")
+    for recipe, overrides in (("small", [override]), (tmp_path / "theirs.yaml", [])):
+        with pytest.raises(RecipeError, match=rf"{key if overrides else 'run'}=\w+://\.\.\.: .*AWS_PROFILE") as refusal:
+            load_config(Config, recipe, overrides, folder)
+        assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://bucket/me@home/set", "http://127.0.0.1:8000/a@b", "abfs://container@account.dfs.core.windows.net/x",
+     "hf://datasets/me/set@v1", "me@host:/x", "sftp://me@host/x"],
+)  # fmt: skip
+def test_load_config__other_signs_in_an_address_are_no_credentials(folder: Path, address: str):
+    assert load_config(Config, "small", [f"data={address}"], folder).data == address
+
+
 def test_load_config__missing_value_is_named_with_an_example(folder: Path):
     assert "data=DIR" in refused(folder, data=False)
     assert "stages.0.name" in refused(folder, "stages=[{epochs: 1}]")

@@ -314,6 +314,12 @@ def test_load__refuses_pipe_addresses(tmp_path: Path):
         Manifest.load("pipe:cat data")
 
 
+def test_load__credentials_in_an_address_are_refused_unseen():
+    with pytest.raises(DataError, match=r"^s3://\.\.\.: the address holds credentials.*AWS_PROFILE") as refusal:
+        Manifest.load("s3://KEY:hunter2@bucket/set")
+    assert "hunter2" not in str(refusal.value)
+
+
 def test_split__names_the_splits_there_are(tmp_path: Path):
     with pytest.raises(DataError, match="no split 'val'; it has train"):
         write(tmp_path).split("val")
