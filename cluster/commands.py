@@ -24,7 +24,7 @@ READ = ("data", "codec", "init", "teacher", "channels", "anchor_weights", "laten
 WRITTEN = ("checkpoints", "cache_folder")
 KEPT_ON_A_NODE = ("shard_cache",)
 ZOO = "zoo"  # weights that the libraries fetch: no path
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w./-]*)?")
 
 Resolver = Callable[[str, list[str]], Any]
 

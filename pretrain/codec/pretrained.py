@@ -7,11 +7,16 @@ CODEC/
   model.safetensors   state dict, and tables.{z,y2}.{cdf,lengths,offsets}
   config.json         {"schema_version", "config", "fingerprint", "extra"}
   README.md           written by the export; not read
+
+RUN/codecs/OWNER--NAME@REVISION/    the same two files, of a hub id that a run reads
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -30,6 +35,7 @@ from pretrain.errors import CodecError
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w./-]*)?")
 LARGEST_CONFIG = 2**20  # bytes
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
@@ -50,22 +56,63 @@ def save(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Non
 
 
 def locate(source: Path | str) -> Path:
-    """The folder of a codec; a hub id is downloaded (CodecError where it is neither)."""
+    """The folder of a codec; a hub id, OWNER/NAME or OWNER/NAME@REVISION, is downloaded (CodecError: neither)."""
     folder = Path(source)
     if folder.is_dir():
         return _check_folder(folder)
-    if folder.exists() or folder.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+    if not is_hub_id(source):
         raise CodecError(f"{source}: no such codec folder; write one with `dicm export RUN {source}`")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _check_folder(Path(snapshot_download(str(source), allow_patterns=[WEIGHTS, CONFIG])))
+        name, _, revision = str(source).partition("@")
+        found = snapshot_download(name, revision=revision or None, allow_patterns=[WEIGHTS, CONFIG])
+        return _check_folder(Path(found))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CodecError(
             f"{source}: no such folder, and not fetched from the hub ({type(error).__name__}); "
             "check the name and the connection, or write a folder with `dicm export`"
         ) from error
+
+
+def is_hub_id(source: Path | str) -> bool:
+    """Whether `source` is OWNER/NAME or OWNER/NAME@REVISION, and nothing on this disk."""
+    return not Path(source).exists() and HUB_ID.fullmatch(str(source)) is not None
+
+
+def keep(source: str | None, run: Path) -> None:
+    """Put the codec of a hub id into the folder of a run, where it is not there yet; nothing to do for a folder.
+
+    All ranks and every resume then read what the run began with, and ask the hub no more.
+
+    Raises:
+        CodecError: it cannot be fetched or written.
+    """
+    if source is None or not is_hub_id(source) or _place(source, run).is_dir():
+        return
+    found, target = locate(source), _place(source, run)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(found / name, temporary / name)
+        temporary.rename(target)
+    except OSError as error:
+        if target.is_dir():  # another process was faster
+            return
+        raise CodecError(f"{target}: cannot be written ({error.strerror}); free space or name another run") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def kept(source: str, run: Path) -> str:
+    """The folder into which `keep` put the codec `source` of a run, or `source` where it did not."""
+    return str(_place(source, run)) if is_hub_id(source) and _place(source, run).is_dir() else source
+
+
+def _place(source: str, run: Path) -> Path:
+    return run / "codecs" / source.replace("/", "--")
 
 
 def _check_folder(folder: Path) -> Path:

@@ -28,9 +28,9 @@ def test_check_command__files_of_all_options_may_be_shared_packed_or_fetched():
 
 
 def test_check_command__shared_paths_urls_hub_ids_and_packed_files_pass():
-    command = check("finetune detection run=/shared/runs//r50/ data=s3://bucket/coco codec=owner/name")
+    command = check("finetune detection run=/shared/runs//r50/ data=s3://bucket/coco codec=owner/name@v1")
     assert command == Command(
-        ("finetune", "detection", "run=/shared/runs//r50/", "data=s3://bucket/coco", "codec=owner/name"),
+        ("finetune", "detection", "run=/shared/runs//r50/", "data=s3://bucket/coco", "codec=owner/name@v1"),
         run="/shared/runs/r50",
     )
     assert check("pretrain small run=//shared/runs/r50").run == "/shared/runs/r50"  # one run, however it is spelled
