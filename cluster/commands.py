@@ -16,6 +16,7 @@ from typing import Any
 
 from cluster.errors import RunError
 from cluster.packing import holds
+from cluster.recipes import refuse_credentials
 
 COMMANDS = ("pretrain", "finetune", "export")
 # Options of any recipe that name files or folders: what a job reads, what it leaves behind, what its nodes keep.
@@ -23,7 +24,7 @@ READ = ("data", "codec", "init", "teacher", "channels", "anchor_weights", "laten
 WRITTEN = ("checkpoints", "cache_folder")
 KEPT_ON_A_NODE = ("shard_cache",)
 ZOO = "zoo"  # weights that the libraries fetch: no path
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w./-]*)?")
 
 Resolver = Callable[[str, list[str]], Any]
 
@@ -51,6 +52,7 @@ def check_command(words: list[str], tree: Path, files: list[Path], resolver: Res
     Raises:
         RunError: no command for jobs, or a path that would be lost with the job or is not there for it.
     """
+    refuse_credentials(words)
     if not words or words[0] not in COMMANDS:
         given = f"{words[0]!r} is no command for a job" if words else "no command"
         raise RunError(f"{given}; submit one of {', '.join(COMMANDS)}, for example: pretrain small data=... run=...")

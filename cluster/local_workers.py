@@ -3,6 +3,8 @@
 `torch.multiprocessing.spawn` tells which process ended first, not why the group failed: after a SIGKILL the others
 fail too, with a lost connection, and may be the ones that it names. Here every worker says how it ended, and the
 cause is told: an error written for the user, then a worker that was killed, then the earliest exception.
+
+Whoever can connect to the store or to a worker is a member of the group: all of them listen on the loopback interface.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import multiprocessing.connection
 import os
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -28,6 +31,7 @@ from cluster.errors import RunError, is_ours, portable
 from cluster.runtime import LocalRuntime, Runtime, on_sigterm
 
 C = TypeVar("C")
+LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 GRACE_SECONDS = 5.0  # for the others to say how they ended, once one has failed
 TRACEBACK_CHARACTERS = 30_000  # fits into a pipe that no one reads before the worker has ended
 
@@ -48,8 +52,7 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
     # these share what those do, and import the rest.
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    # The store lives here and has its port from the system: no other process can take it in between.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _store()
     processes: list[ForkServerProcess] = []
     receivers: list[Connection] = []
     try:
@@ -81,6 +84,16 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
     failures = [failure for receiver in receivers if (failure := _received(receiver)) is not None]
     if any(codes) or failures:
         _raise_cause(codes, failures)
+
+
+def _store() -> dist.TCPStore:
+    """The store of the group. It lives here and has its port from the system: no other process can take it in between.
+
+    It gets a socket that listens already: its own would listen on all interfaces, whatever host it is given.
+    """
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 @contextmanager
@@ -165,9 +178,11 @@ def _work_in_process(
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs in the parent, as under torchrun
+        "GLOO_SOCKET_IFNAME": LOOPBACK_NAME,
+        "NCCL_SOCKET_IFNAME": LOOPBACK_NAME,
     }
     try:
         runtime = LocalRuntime()

@@ -7,7 +7,8 @@
 
     stages.codec.epochs=30  stages.0.epochs=30  ssl.heatmap.method=eigencam  codec.re_depths=[1,1,2] or 1,1,2
 
-Values are YAML as OmegaConf reads it. In: a dataclass (the schema and the defaults), a recipe and overrides. Out: an
+Values are YAML as OmegaConf reads it, without its interpolation: a recipe or a run of someone else's could otherwise
+look up what the environment holds. In: a dataclass (the schema and the defaults), a recipe and overrides. Out: an
 object of that dataclass, or a RecipeError of one line before any work has started.
 """
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -31,6 +32,8 @@ from cluster.files import write_whole
 C = TypeVar("C")
 MISSING = "???"
 FOLDERS = {"data", "codec", "run"}  # mandatory texts that name a folder
+# In an address: `USER:SECRET@`, whatever the store; or one word, where it may be a token. A port is no secret.
+CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)[^@\s]*@|\b(?:https?|s3a?)://[^/@\s]+@")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 SAMPLES = {int: "1", float: "0.1", bool: "true", str: "TEXT"}
 
@@ -53,9 +56,12 @@ def load_config(schema: type[C], recipe: str | Path | None, overrides: list[str]
     Raises:
         RecipeError: unknown recipe or key, wrong type, missing value, no YAML; and whatever `schema.validate` raises.
     """
+    refuse_credentials(overrides)  # before any other error shows them
     values: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(schema))  # type: ignore[assignment]
     if recipe is not None:
-        values = _merge(values, read_recipe(recipe, recipe_folder))
+        given = read_recipe(recipe, recipe_folder)
+        refuse_credentials(_texts(given))
+        values = _merge(values, given)
     return _changed(schema, values, overrides)
 
 
@@ -71,6 +77,7 @@ def _changed(schema: type[C], values: dict[str, Any], overrides: list[str]) -> C
         if not separator or not key:
             raise RecipeError(f"{override!r} is not of the form key=value; write for example seed=1")
         _set(values, key, _parse(override, text, _hint_at(schema, key)))
+    _refuse_interpolation(values)
     _check(values, schema, schema)
     config = _build(schema, values)
     if hasattr(config, "validate"):
@@ -92,6 +99,7 @@ def load_saved(schema: type[C], path: Path) -> C:
     """Read what `save_config` wrote (RecipeError where it does not fit `schema`)."""
     values = _read_yaml(path)
     try:
+        _refuse_interpolation(values)
         _check(values, schema, schema)
         return _build(schema, values)
     except RecipeError as error:
@@ -113,13 +121,48 @@ def _build(schema: type[C], values: dict[str, Any]) -> C:
         config: C = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))  # type: ignore[assignment]
     except MissingMandatoryValue as error:
         raise _missing(schema, values, str(error.full_key)) from error
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere; the rest was checked key by key
+    except OmegaConfBaseException as error:  # what fits key by key, and not together
         key = _named(values, str(error.full_key or ""))
         raise RecipeError(f"{key}: {str(error.msg or error).splitlines()[0]}") from error
     for key, value in _flatten(config):
         if value == MISSING:
             raise _missing(schema, values, key)
     return config
+
+
+def refuse_credentials(texts: Iterable[str]) -> None:
+    """RecipeError for an address with a key or a token in it, which the error does not show.
+
+    The address would stand in the run's config, in the list of jobs, in logs and in errors.
+    """
+    for text in texts:
+        if CREDENTIALS.search(text):
+            key, separator, _ = text.partition("=")
+            named = f"{key}=" if separator and "://" not in key else ""
+            raise RecipeError(
+                f"{named}{text.removeprefix(named).partition('://')[0]}://...: the address holds credentials, which "
+                "would be written down with it; leave them out of it, and give them by environment variables "
+                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile (AWS_PROFILE)"
+            )
+
+
+def _texts(values: Any, key: str = "") -> Iterator[str]:
+    """`key=value` of each text in nested dicts and lists."""
+    if isinstance(values, dict | list):
+        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, str):
+        yield f"{key}={values}"
+
+
+def _refuse_interpolation(values: dict[str, Any]) -> None:
+    """RecipeError for a text that OmegaConf would look up elsewhere; it shows the text, not what that stands for."""
+    for text in _texts(values):
+        if "${" in text:
+            raise RecipeError(
+                f"{text}: values are not looked up elsewhere; write the value itself, or key=value on the command "
+                "line, where the shell fills in $NAME"
+            )
 
 
 def _missing(schema: type, values: Any, key: str) -> RecipeError:
@@ -174,7 +217,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _parse(override: str, text: str, hint: Any) -> Any:
     if hint is str:
         return text  # a folder called 1e5 or on stays what it is
-    if get_origin(hint) is list and text and not text.startswith(("[", "{", "$")):
+    if get_origin(hint) is list and text and not text.startswith(("[", "{")):
         text = f"[{text}]"  # anchors=jpeg,hevc for anchors=[jpeg,hevc]
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]

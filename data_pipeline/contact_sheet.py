@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import colorsys
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
-from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
+from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader, facts_of
 from data_pipeline.sources.annotations import decode_mask
 
 COLOURS = (
@@ -84,7 +83,10 @@ def _row(tiles: list[Image.Image], columns: int) -> Image.Image:
 
 def _tile(sample: dict[str, Any], manifest: Manifest, seen: set[int]) -> Image.Image:
     data = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
-    facts = json.loads(sample.get("json", b"{}"))
+    try:
+        facts = facts_of(sample)
+    except DataError as error:
+        raise DataError(f"sample {sample['__key__']}: {error}") from error
     full = Image.fromarray(decode_image(data))
     scale = TILE / max(full.size)
     size = (max(1, round(full.width * scale)), max(1, round(full.height * scale)))

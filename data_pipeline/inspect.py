@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from data_pipeline.addresses import join
+from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import ShardReader
+from data_pipeline.shards import ShardReader, facts_of
 
 SIDES = (32, 64, 128, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)  # pixels, upper ends of the size histogram
 IGNORE = 255
@@ -86,7 +87,10 @@ def shard_facts(job: tuple[str | Path, Shard]) -> SplitFacts:
     facts = SplitFacts(samples=shard.samples, bytes=shard.bytes, shards=1)
     for index in range(shard.samples):
         sample = reader.read(index)
-        notes = json.loads(sample.get("json", b"{}"))
+        try:
+            notes = facts_of(sample)
+        except DataError as error:
+            raise DataError(f"{join(root, shard.name)}, sample {sample['__key__']}: {error}") from error
         width, height = notes.get("width", 0), notes.get("height", 0)
         facts.widths[width] += 1
         facts.heights[height] += 1

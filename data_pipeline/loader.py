@@ -14,7 +14,6 @@ run by its name if that does not help.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -33,7 +32,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher, local_share
 from data_pipeline.quarantine import BadSample, Quarantine
-from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
+from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader, facts_of
 
 MOST_IN_A_ROW = 10  # bad samples that follow each other in a lane
 
@@ -117,18 +116,20 @@ class CanvasDataset(Dataset[Canvas]):
             if image is None:
                 raise SampleError("has no image; build the data set again")
             pixels, aspect = decode_canvas(image, self.canvas_size)
-            label = _label(sample.get("json", b"{}"))
+            label = _label(sample)
         except SampleError as error:
             shard = self.reader.split.shards[self.reader.locate(index)[0]]
             return BadSample(index, sample["__key__"], shard.name, str(error))
         return Canvas(pixels, aspect, label, index)
 
 
-def _label(facts: bytes) -> int:
+def _label(sample: dict[str, Any]) -> int:
     try:
-        label = json.loads(facts).get("label")
+        label = facts_of(sample).get("label")
         return -1 if label is None else int(label)
-    except (ValueError, TypeError, AttributeError) as error:
+    except DataError as error:
+        raise SampleError(str(error)) from error
+    except (ValueError, TypeError) as error:
         raise SampleError(f"its JSON is damaged ({error}); build the data set again") from error
 
 

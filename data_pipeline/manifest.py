@@ -1,7 +1,8 @@
 """The manifest of a data set: its name, classes, and per split the shards with checksums and offsets of samples.
 
 `dataset.json` adds to plain WebDataset tars what these lack: the sha256 of each shard, checked before a byte of it is
-used, and the offset of every sample. A damaged or foreign one is refused with the field.
+used, and the offset of every sample. It may come from a server that no one vouches for: type, form and range of every
+field are checked before any is used. A damaged or foreign manifest is refused with the field and its value.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Self
 
 from data_pipeline.addresses import is_remote, join, local_folder
@@ -21,19 +23,62 @@ from data_pipeline.files import Replacing
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
-SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,250}\.tar")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 BLOCK = 512  # tar pads everything to blocks of this many bytes
+LARGEST_SHARD = 2**40  # bytes
+MOST_MASK_CLASSES = 255  # 8-bit masks, whose value 255 is to be ignored
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: file name, checksum, size in bytes, samples, byte offset of each sample's first header."""
+    """One tar: file name, checksum, size in bytes, samples, byte offset of each sample's first header.
+
+    Raises:
+        DataError: a field of another type, form or range. The cache names files by `sha256`, and readers by `name`.
+    """
 
     name: str
     sha256: str
     bytes: int
     samples: int
     offsets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.name, str) and self.name.startswith("pipe:"):
+            raise DataError(f"shard {shown(self.name)} is a pipe: address, which would run a command; refused")
+        if not (isinstance(self.name, str) and SHARD_NAME.fullmatch(self.name)):
+            raise DataError(f"shard name {shown(self.name)} is not a file name that ends in .tar")
+        if not (isinstance(self.sha256, str) and SHA256.fullmatch(self.sha256)):
+            raise self._wrong("sha256", "64 hexadecimal digits in lower case")
+        # A bool is an int for isinstance, and a float compares like one.
+        if type(self.bytes) is not int or not 0 < self.bytes <= LARGEST_SHARD:
+            raise self._wrong("bytes", f"a whole number in 1..{LARGEST_SHARD}")
+        if type(self.samples) is not int or self.samples < 1:
+            raise self._wrong("samples", "a whole number of at least 1")
+        if not (isinstance(self.offsets, tuple) and all(type(offset) is int for offset in self.offsets)):
+            raise self._wrong("offsets", "a list of whole numbers")
+        if len(self.offsets) != self.samples:
+            raise DataError(f"shard {self.name!r}: {len(self.offsets)} offsets for {self.samples} samples")
+        bounds = (*self.offsets, self.bytes)
+        if bounds[0] != 0 or any(start % BLOCK or start >= stop for start, stop in pairwise(bounds)):
+            raise self._wrong("offsets", f"0 and then rising multiples of {BLOCK} below {self.bytes} bytes")
+
+    @classmethod
+    def from_fields(cls, fields: Any) -> Self:
+        """A shard from what JSON holds of it (DataError: not these fields, or one that is wrong)."""
+        fields = _dict("a shard", fields)
+        names = list(cls.__dataclass_fields__)
+        for name in names:
+            if name not in fields:
+                raise DataError(f"shard {shown(fields.get('name'))} has no {name}")
+        if strange := [name for name in fields if name not in names]:
+            raise DataError(f"shard {shown(fields['name'])} has an unknown field {shown(strange[0])}")
+        offsets = fields["offsets"]
+        return cls(**{**fields, "offsets": tuple(offsets) if isinstance(offsets, list) else offsets})
+
+    def _wrong(self, field: str, right: str) -> DataError:
+        return DataError(f"shard {self.name!r}: {field}={shown(getattr(self, field))} is not {right}")
 
 
 @dataclass(frozen=True)
@@ -79,21 +124,36 @@ class Manifest:
         """
         path, text = _manifest_text(root)
         try:
-            fields = json.loads(text)
-            version = fields["schema_version"]
-            if version > SCHEMA_VERSION:
-                raise DataError(
-                    f"{path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest that this "
-                    "dicm reads; update dicm"
-                )
-            splits = {
-                name: Split(tuple(_shard(shard, path) for shard in split["shards"]))
-                for name, split in fields["splits"].items()
-            }
-            semantic = tuple(fields.get("semantic_classes", ()))
-            return cls(fields["name"], tuple(fields["classes"]), splits, version, semantic)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            fields = _dict("the manifest", json.loads(text))
+            version = _required(fields, "schema_version")
+            if type(version) is not int or version < 1:
+                raise DataError(f"schema_version={shown(version)} is not a whole number of at least 1")
+            if version <= SCHEMA_VERSION:
+                return cls._from_fields(fields)
+        # ValueError: no JSON, no text, or a number of thousands of digits. RecursionError: brackets without end.
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: damaged manifest ({error}); build the data set again") from error
+        raise DataError(
+            f"{path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest that this dicm reads; update "
+            "dicm"
+        )
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        name = _required(fields, "name")
+        if not isinstance(name, str):
+            raise DataError(f"name={shown(name)} is not text")
+        splits = {}
+        for split, content in _dict("splits", _required(fields, "splits")).items():
+            shards = _required(_dict(f"splits.{split}", content), "shards")
+            if not isinstance(shards, list):
+                raise DataError(f"splits.{split}.shards={shown(shards)} is not a list")
+            splits[split] = Split(tuple(map(Shard.from_fields, shards)))
+        semantic = _names("semantic_classes", fields.get("semantic_classes", []))
+        if len(semantic) > MOST_MASK_CLASSES:
+            raise DataError(f"semantic_classes has {len(semantic)} names, masks hold {MOST_MASK_CLASSES} at most")
+        classes = _names("classes", _required(fields, "classes"))
+        return cls(name, classes, splits, fields["schema_version"], semantic)
 
     def save(self, root: str | Path) -> None:
         """Write ROOT/dataset.json, whole or not at all."""
@@ -152,17 +212,19 @@ def _manifest_text(root: str | Path) -> tuple[str, bytes]:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from error
 
 
-def _shard(fields: dict[str, Any], path: str) -> Shard:
-    """A shard's entry, checked as far as that goes without its bytes."""
-    shard = Shard(**{**fields, "offsets": tuple(fields["offsets"])})
-    if shard.name.startswith("pipe:"):
-        raise DataError(f"{path}: shard {shard.name!r} is a pipe: address, which would run a command; refused")
-    bounds = (*shard.offsets, shard.bytes)
-    if (
-        not SHARD_NAME.fullmatch(shard.name)
-        or not len(shard.offsets) == shard.samples > 0
-        or shard.offsets[0] != 0
-        or any(start % BLOCK or start >= stop for start, stop in pairwise(bounds))
-    ):
-        raise DataError(f"{path}: damaged entry of shard {shard.name!r}; build the data set again")
-    return shard
+def _required(fields: dict[str, Any], key: str) -> Any:
+    if key not in fields:
+        raise DataError(f"{key} is missing")
+    return fields[key]
+
+
+def _dict(what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{what} is {shown(value)}, not a set of named fields")
+    return value
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise DataError(f"{key}={shown(value)} is not a list of texts")
+    return tuple(value)

@@ -25,12 +25,12 @@ from data_pipeline.samples import (
     SampleDataset,
     Survey,
     UnusableError,
-    facts_of,
     picture_of,
     seeded,
     survey,
     to_tensor,
 )
+from data_pipeline.shards import facts_of
 
 IGNORE = 255
 

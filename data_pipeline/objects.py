@@ -24,11 +24,11 @@ from data_pipeline.samples import (
     SampleDataset,
     Survey,
     UnusableError,
-    facts_of,
     picture_of,
     survey,
     to_tensor,
 )
+from data_pipeline.shards import facts_of
 from data_pipeline.sources.annotations import OutlineError, clean_boxes, decode_mask, encode_mask
 
 

@@ -10,7 +10,6 @@ evaluation it is left out.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -95,17 +94,6 @@ def _survey_shard(
             found += count
             left_out += reasons
     return usable, found, left_out
-
-
-def facts_of(sample: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of a raw sample (DataError: damaged)."""
-    try:
-        facts = json.loads(sample.get("json", b"{}"))
-    except ValueError as error:
-        raise DataError(f"its JSON is damaged ({error}); build the data set again") from error
-    if not isinstance(facts, dict):
-        raise DataError("its JSON is no object; build the data set again")
-    return facts
 
 
 def picture_of(sample: dict[str, Any]) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -22,6 +23,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from reprlib import repr as shown
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,8 +32,8 @@ import numpy as np
 from data_pipeline.addresses import is_remote, join
 from data_pipeline.cache import CachedShard, ShardCache
 from data_pipeline.errors import DataError
-from data_pipeline.files import Replacing
-from data_pipeline.manifest import MANIFEST, Shard, Split
+from data_pipeline.files import Replacing, open_file
+from data_pipeline.manifest import BLOCK, MANIFEST, Shard, Split
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "json", "mask.png", "dicm")
@@ -225,7 +227,7 @@ class ShardReader:
         shard = self.split.shards[number]
         path = Path(join(self.root, shard.name))
         try:
-            file = io.FileIO(path)
+            file = open_file(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); fetch the shard again") from error
         if number not in self._verified:
@@ -246,26 +248,50 @@ class ShardReader:
 
 
 def parse_sample(data: bytes, where: str) -> dict[str, Any]:
-    """Fields of the tar members in `data`, the bytes of one sample, and its key as "__key__"."""
+    """Fields of the tar members in `data`, the bytes of one sample, and its key as "__key__".
+
+    Headers are read one by one: `tarfile.open` would follow what members of other kinds say of their sizes, and make
+    gigabytes of a sparse one, or read without end.
+
+    Raises:
+        DataError: a member that is not a regular file inside `data`, or no field of a data set.
+    """
     fields: dict[str, Any] = {}
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                _check_field(extension, where)
-                content = tar.extractfile(member)
-                if content is None:
-                    raise DataError(f"{where}: {member.name} is not a plain file; build the data set again")
-                if fields.setdefault("__key__", key) != key:
-                    raise DataError(f"{where}: the index in {MANIFEST} is off; build the data set again")
-                fields[extension] = content.read()
-    except tarfile.TarError as error:
-        raise DataError(f"{where}: damaged ({error}); fetch the shard again") from error
+    start = 0
+    while (header := data[start : start + BLOCK]).strip(b"\0"):  # zeros end an archive
+        try:
+            member = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise DataError(f"{where}: damaged ({error}); fetch the shard again") from error
+        key, _, extension = member.name.partition(".")
+        start += BLOCK
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise DataError(f"{where}: {shown(member.name)} is not a regular file; build the data set again")
+        if not 0 <= member.size <= len(data) - start:
+            raise DataError(f"{where}: {shown(member.name)} leaves its sample; build the data set again")
+        _check_field(extension, where)
+        if fields.setdefault("__key__", key) != key:
+            raise DataError(f"{where}: the index in {MANIFEST} is off; build the data set again")
+        fields[extension] = data[start : start + member.size]
+        start += -(-member.size // BLOCK) * BLOCK
+    if not fields:
+        raise DataError(f"{where}: the index in {MANIFEST} is off; build the data set again")
     return fields
+
+
+def facts_of(sample: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a raw sample (DataError: damaged)."""
+    try:
+        facts = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
+        raise DataError(f"its JSON is damaged ({error}); build the data set again") from error
+    if not isinstance(facts, dict):
+        raise DataError("its JSON is no object; build the data set again")
+    return facts
 
 
 def _check_field(extension: str, where: str) -> None:
     if extension in PICKLES:
         raise DataError(f"{where}: field {extension!r} is a pickle and could run code; refused, leave it out")
     if extension not in EXTENSIONS:
-        raise DataError(f"{where}: field {extension!r} is not one of {', '.join(EXTENSIONS)}; leave it out")
+        raise DataError(f"{where}: field {shown(extension)} is not one of {', '.join(EXTENSIONS)}; leave it out")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import random
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ LONGEST_PAUSE = 20.0  # seconds
 TRY_LATER = (408, 425, 429)  # client errors of HTTP that pass
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
 LONGEST_REASON = 200  # characters
+LARGEST_READ = 2**30  # bytes of a file that is read whole: a manifest of 100 million samples
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,18 @@ def read(url: str, retries: Retries) -> bytes:
 
     Raises:
         FileNotFoundError: there is none.
-        StoreError, DataError: the store does not answer; it refuses.
+        StoreError, DataError: the store does not answer; it refuses, or sends more than `LARGEST_READ` bytes.
     """
-    filesystem, path = _open_store(url, retries.timeout)
-    return _patiently(url, retries, lambda: filesystem.cat_file(path))
+    filesystem, remote = _open_store(url, retries.timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+
+        def attempt() -> bytes:
+            # Through a file, where bytes can be counted as they come: a store may send them without end.
+            filesystem.get_file(remote, str(path), callback=_Measuring(LARGEST_READ, lambda _: None))
+            return path.read_bytes()
+
+        return _patiently(url, retries, attempt)
 
 
 def download(

@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import open_file
 from data_pipeline.manifest import Shard
 from data_pipeline.parallel import ordered_map
 from data_pipeline.shards import refuse_existing
@@ -184,7 +185,7 @@ def _step(fields: dict[str, Any]) -> Step:
     return Step(
         split=fields["split"],
         next_job=fields["next_job"],
-        shard=None if shard is None else Shard(**{**shard, "offsets": tuple(shard["offsets"])}),
+        shard=None if shard is None else Shard.from_fields(shard),
         rejected=tuple(Rejected(**item) for item in fields["rejected"]),
     )
 
@@ -194,7 +195,7 @@ def _is_sound(job: tuple[Path, Shard | None]) -> bool:
     if shard is None:
         return True
     try:
-        with (folder / shard.name).open("rb") as file:
+        with open_file(folder / shard.name) as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
     except OSError:
         return False

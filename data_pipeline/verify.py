@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.parallel import ordered_map
-from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
+from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader, facts_of
 from data_pipeline.sources.annotations import OutlineError, check_mask
 from data_pipeline.sources.reading import MASK_MODES
 
@@ -91,7 +90,7 @@ def sample_faults(sample: dict[str, Any], num_classes: int, num_semantic: int) -
         return
     try:
         height, width = decode_image(data).shape[:2]
-        facts = json.loads(sample.get("json", b"{}"))
+        facts = facts_of(sample)
         if (facts.get("width", width), facts.get("height", height)) != (width, height):
             yield f"is {width} x {height}, not {facts.get('width')} x {facts.get('height')} as noted"
         yield from _object_faults(facts, width, height, num_classes)

@@ -44,6 +44,7 @@ from downstream.runs import RECIPES, check_earlier_run, check_init, load_run, tr
 from downstream.stream_cache import build_streams, prepare_folder
 from downstream.tasks import task_class
 from downstream.tasks.task import Found, average_buffers
+from pretrain.codec.pretrained import keep
 
 ENCODING_LOG_SECONDS = 15.0
 FACTS = (
@@ -75,6 +76,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """
     folder, task = Path(config.run), task_class(config.task)
     check_folder(folder)
+    keep(config.codec, folder)
     codec, manifest = task.load_codec(config), Manifest.load(config.data)
     task.fill_in(config, codec, manifest)
     inputs = inputs_of(config, codec, manifest)

@@ -22,6 +22,7 @@ from cluster.checkpoint import open_checkpoints
 from cluster.runtime import LocalRuntime
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
+from data_pipeline.files import read_file
 from downstream.errors import TaskError
 from downstream.inputs import check_inputs, encoder_of
 from downstream.results import RESULTS
@@ -120,7 +121,7 @@ def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
 def _predict(task: Task[Any, Any], source: Path) -> tuple[dict[str, Any], Tensor]:
     """What the task tells of a file, and the picture (3, H, W) uint8 that it is drawn on."""
     try:
-        data = source.read_bytes()
+        data = read_file(source)
         if source.suffix.lower() == STREAM_SUFFIX:
             if task.config.input == "pixels":
                 raise TaskError("this run reads pixels (input=pixels), not streams; give it images")

@@ -136,8 +136,7 @@ def _record(folder: Path, view: int, number: int) -> Path:
 def _finished(folder: Path, view: int, number: int) -> list[Shard] | None:
     """The shards of a part that is there whole; None where it has to be encoded."""
     try:
-        fields = json.loads(_record(folder, view, number).read_text())
-        shards = [Shard(**{**one, "offsets": tuple(one["offsets"])}) for one in fields]
+        shards = [Shard.from_fields(one) for one in json.loads(_record(folder, view, number).read_text())]
         return shards if all((folder / shard.name).stat().st_size == shard.bytes for shard in shards) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import nn
 
 from pretrain.codec.feature_codec import FeatureCodec
+from pretrain.codec.pretrained import kept
 from pretrain.config import PretrainConfig
 from pretrain.errors import CodecError
 
@@ -22,7 +25,7 @@ def create_codec(config: PretrainConfig) -> FeatureCodec:
     codec = FeatureCodec(config.codec)
     if config.init is None:
         return codec
-    start = FeatureCodec.from_pretrained(config.init)
+    start = FeatureCodec.from_pretrained(kept(config.init, Path(config.run)))
     wanted, found = vars(config.codec), vars(start.config)
     for key in wanted.keys() - ADDED:
         if wanted[key] != found[key] and _part(key) in config.init_parts:

@@ -13,6 +13,7 @@ from cluster.recipes import config_diff, load_config, load_saved, save_config
 from cluster.run_folder import check_folder, held_run
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
+from pretrain.codec.pretrained import keep
 from pretrain.config import PretrainConfig
 from pretrain.errors import ConfigError
 from pretrain.stages import total_steps
@@ -48,6 +49,7 @@ def run(config: PretrainConfig) -> Path:
     if (folder / "summary.json").is_file():
         return folder
     with held_run(folder):
+        keep(config.init, folder)
         save_config(config, folder / "config.yaml")
         with ProgressFollower(folder, total_steps(config, num_samples)):
             runtime.run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from data_pipeline.loader import CanvasBatch, CanvasDataset, CanvasLoader, collate, eval_loader, train_loader
 from data_pipeline.manifest import Manifest
-from data_pipeline.samples import facts_of, seeded, training_loader
-from data_pipeline.shards import ShardReader
+from data_pipeline.samples import seeded, training_loader
+from data_pipeline.shards import ShardReader, facts_of
 from data_pipeline.views import ViewConfig, center_images, random_crops, resample
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
@@ -138,7 +137,7 @@ class Classification(Task[ClassificationConfig, Any]):
         """Number of training samples; TaskError where the data set lacks labels or a split."""
         need_splits(config, {name: split.num_samples for name, split in manifest.splits.items()}, REMEDY)
         reader = ShardReader(config.data, manifest.split(config.train_split), shard_cache_of(config))
-        first = json.loads(reader.read(0).get("json") or b"{}")
+        first = facts_of(reader.read(0))
         if not manifest.classes or first.get("label") is None:
             raise TaskError(f"{config.data} has no labels; classification needs class folders in the source")
         num_samples = manifest.split(config.train_split).num_samples

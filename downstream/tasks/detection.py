@@ -31,12 +31,12 @@ from data_pipeline.objects import (
 from data_pipeline.samples import (
     SampleDataset,
     SampleLoader,
-    facts_of,
     once,
     picture_of,
     to_tensor,
     training_loader,
 )
+from data_pipeline.shards import facts_of
 from data_pipeline.sources.annotations import encode_mask
 from downstream.errors import TaskError
 from downstream.evaluation.drawing import draw_objects

@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ from downstream.frozen import source_of
 from pretrain.codec.backbone import HEAD_STRIDE, Backbone
 from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.precision import autocast
+from pretrain.codec.pretrained import kept
 from pretrain.feature_picture import feature_picture
 
 C = TypeVar("C", bound=FinetuneConfig)
@@ -97,7 +99,7 @@ class Task(ABC, Generic[C, B]):
     @classmethod
     def load_codec(cls, config: C, folder: str | None = None) -> FeatureCodec | None:
         """The frozen codec of a run, from `folder` where it has moved; None for a task that reads other latents."""
-        return FeatureCodec.from_pretrained(folder or str(config.codec))
+        return FeatureCodec.from_pretrained(folder or kept(str(config.codec), Path(config.run)))
 
     @classmethod
     def fill_in(cls, config: C, codec: FeatureCodec | None, manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from reprlib import repr as shown
 
 from pretrain.errors import ConfigError
 
@@ -11,6 +12,10 @@ BLOCKS = ("conv2former", "convformer")
 HYPERPRIORS = ("vit", "conv")
 CONTEXTS = ("none", "checkerboard", "space_channel")
 PRECISIONS = ("fp32", "bf16")
+# Sizes come with codecs of others, too: beyond these, building the network would not end.
+LARGEST_SIZE = 2**16
+MOST_BLOCKS = 256
+HIGHEST_ORDER = 8
 
 
 @dataclass
@@ -66,12 +71,16 @@ class CodecConfig:
             raise ConfigError(f"codec.guard={self.guard:g} must lie in 0..0.01, a small part of a scale")
         validate_backbone(self.backbone)
         for key, value in vars(self).items():
-            if isinstance(value, int) and not isinstance(value, bool) and key != "base_channels" and value < 1:
-                raise ConfigError(f"codec.{key}={value} is impossible; it must be at least 1")
-        for key in ("re_depths", "rgc_orders"):
+            if isinstance(value, int) and not isinstance(value, bool) and key != "base_channels":
+                largest = MOST_BLOCKS if key in ("context_depth", "rate_points") else LARGEST_SIZE
+                if value < 1:
+                    raise ConfigError(f"codec.{key}={value} is impossible; it must be at least 1")
+                if value > largest:
+                    raise ConfigError(f"codec.{key}={value} is impossible; it must be at most {largest}")
+        for key, largest in (("re_depths", MOST_BLOCKS), ("rgc_orders", HIGHEST_ORDER)):
             value = getattr(self, key)
-            if len(value) != 3 or min(value) < 0:
-                raise ConfigError(f"codec.{key}={value} needs three numbers, 0 for none")
+            if len(value) != 3 or min(value) < 0 or max(value) > largest:
+                raise ConfigError(f"codec.{key}={shown(value)} needs three numbers in 0..{largest}, 0 for none")
         for key in ("re_kernel", "rgc_kernel"):
             if getattr(self, key) % 2 == 0:
                 raise ConfigError(f"codec.{key}={getattr(self, key)} must be odd")

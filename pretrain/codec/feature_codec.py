@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Self
 
 import torch
@@ -280,20 +281,22 @@ class FeatureCodec(CodecNetwork):
             raise CodecError(f"precision={precision} is unknown; choose one of {', '.join(PRECISIONS)}")
         folder = pretrained.locate(source)
         facts = pretrained.read_config(folder)
-        codec = cls(pretrained.codec_config(folder, facts))
+        config = pretrained.codec_config(folder, facts)
         tensors = pretrained.read_tensors(folder)
         tables = pretrained.take_tables(folder, tensors)
-        pretrained.load_weights(codec, tensors, folder)
+        pretrained.check_weights(config, tensors, folder)
+        codec = cls(config)
+        codec.load_state_dict(tensors)
         codec.eval().requires_grad_(False)
         codec.precision = precision
         fingerprint = codec._fingerprint(tables)
         if fingerprint.hex() != facts.get("fingerprint"):
             raise CodecError(
                 f"{folder}: weights and {pretrained.CONFIG} belong to different codecs "
-                f"(fingerprint {fingerprint.hex()}, in the file {facts.get('fingerprint')}); export again"
+                f"(fingerprint {fingerprint.hex()}, in the file {shown(facts.get('fingerprint'))}); export again"
             )
         codec._adopt(tables)
-        codec.extra = facts.get("extra") or {}
+        codec.extra = facts.get("extra", {})
         return codec
 
     @contextmanager

@@ -42,9 +42,9 @@ from rich.table import Table
 from cluster.metrics import read_rows
 from data_pipeline.manifest import Manifest
 from data_pipeline.masks import IGNORE
-from data_pipeline.samples import facts_of, once
+from data_pipeline.samples import once
 from data_pipeline.scenes import write_scenes
-from data_pipeline.shards import ShardReader
+from data_pipeline.shards import ShardReader, facts_of
 from data_pipeline.sources.annotations import encode_mask
 from downstream import finetune
 from downstream.evaluation.segmentation import SegmentationMetric, scores

@@ -28,9 +28,9 @@ def test_check_command__files_of_all_options_may_be_shared_packed_or_fetched():
 
 
 def test_check_command__shared_paths_urls_hub_ids_and_packed_files_pass():
-    command = check("finetune detection run=/shared/runs//r50/ data=s3://bucket/coco codec=owner/name")
+    command = check("finetune detection run=/shared/runs//r50/ data=s3://bucket/coco codec=owner/name@v1")
     assert command == Command(
-        ("finetune", "detection", "run=/shared/runs//r50/", "data=s3://bucket/coco", "codec=owner/name"),
+        ("finetune", "detection", "run=/shared/runs//r50/", "data=s3://bucket/coco", "codec=owner/name@v1"),
         run="/shared/runs/r50",
     )
     assert check("pretrain small run=//shared/runs/r50").run == "/shared/runs/r50"  # one run, however it is spelled
@@ -68,6 +68,13 @@ def test_check_command__refuses_what_a_job_would_lose_or_lack(words: str, said: 
     with pytest.raises(RunError, match=said) as caught:
         check(words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", ["pretrain small data=s3://K:hunter2@b", "export s3://K:hunter2@b /s/codec"])
+def test_check_command__credentials_do_not_become_a_jobs_command(words: str):
+    with pytest.raises(RunError, match="holds credentials") as refusal:
+        check(words)
+    assert "hunter2" not in str(refusal.value)
 
 
 def test_check_command__a_recipe_of_the_tree_is_found_by_its_full_path(tmp_path: Path):

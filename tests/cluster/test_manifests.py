@@ -15,6 +15,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
+from cluster.packing import SECRET_FOLDERS, SECRETS
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 from command_lines import check_command_line, without_assignments
@@ -25,6 +27,14 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PINNED = dict(line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split() if "==" in line)
 KUBERNETES = ["network.yaml", "raycluster.yaml", "rayjob.yaml", "storage.yaml"]
 SUBMISSION_MODES = {"K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"}
+
+
+def test_dockerignore__lets_what_is_copied_through_and_no_secret():
+    lines = [line for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    copied = {word for line in re.findall(r"^COPY (.*) \S+$", DOCKERFILE, re.MULTILINE) for word in line.split()}
+    assert lines[0] == "*" and {line[1:] for line in lines if line.startswith("!")} == copied
+    behind = lines[lines.index("!downstream") + 1 :]  # the last line that matches a file decides
+    assert {f"**/{name}" for name in (*SECRETS, *SECRET_FOLDERS)} <= set(behind)
 
 
 def load(name: str) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -45,8 +46,51 @@ def test_list_files__without_git_no_data_no_runs_no_environment(tmp_path: Path):
         "data/a.tar",
         "a/__pycache__/b",
     )
-    write(tmp_path, "shards/0.tar", "work/checkpoints/step_1/state.pt", ".ruff_cache/x")
+    write(tmp_path, "shards/0.tar", "checkpoints/step_1/state.pt", ".ruff_cache/x")
     assert listed(tmp_path) == ["dicm.py", "recipes/mine.yaml"]
+
+
+@pytest.mark.parametrize("checkout", [False, True])
+def test_list_files__a_package_called_data_is_code(tmp_path: Path, checkout: bool):
+    write(tmp_path, "dicm.py", "mine/data/loader.py", "mine/build/steps.py", "data/a.tar", "build/lib/x.py")
+    if checkout:
+        git(tmp_path, "init")
+    assert listed(tmp_path) == ["dicm.py", "mine/build/steps.py", "mine/data/loader.py"]
+
+
+SECRET_FILES = (
+    ".env", "deploy/.env.local", "prod.env", ".aws/credentials", ".ssh/config", "keys/id_rsa", "id_ed25519",
+    "kubeconfig", "k8s/kubeconfig.yaml", ".kube/config", ".netrc", "service-account-7.json", "Secrets.YAML", "a.token",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+def test_list_files__a_secret_is_refused_by_its_name(tmp_path: Path, name: str):
+    write(tmp_path, "dicm.py", name)
+    with pytest.raises(RunError, match=rf"{re.escape(name)}: looks like a secret.*move it out of this folder"):
+        list_files(tmp_path)
+    git(tmp_path, "init")
+    git(tmp_path, "add", name)  # tracked ones, too
+    with pytest.raises(RunError, match=re.escape(name)):
+        list_files(tmp_path)
+    git(tmp_path, "rm", "--cached", name)
+    (tmp_path / ".gitignore").write_text(name)
+    assert listed(tmp_path) == [".gitignore", "dicm.py"]
+
+
+def test_list_files__a_private_key_of_any_name_is_a_secret(tmp_path: Path):
+    write(tmp_path, "dicm.py")
+    (tmp_path / "server.pem").write_text("-----BEGIN RSA PRIVATE KEY-----\nMII\n")
+    with pytest.raises(RunError, match=r"server\.pem: looks like a secret"):
+        list_files(tmp_path)
+    (tmp_path / "server.pem").write_text("-----BEGIN CERTIFICATE-----\nMII\n")
+    assert listed(tmp_path) == ["dicm.py", "server.pem"]
+
+
+def test_list_files__what_only_looks_like_a_secret_goes_along(tmp_path: Path):
+    names = [".env.example", "credentials.py", "environment.yaml", "id_rsa.pub", "tokens.txt"]
+    write(tmp_path, *names)
+    assert listed(tmp_path) == sorted(names)
 
 
 def test_list_files__of_a_checkout_that_git_cannot_read_is_refused(tmp_path: Path):

@@ -181,13 +181,52 @@ def test_load_config__the_later_override_wins(folder: Path):
         ("seed", ["'seed'", "key=value"]),
         ("=3", ["'=3'", "key=value"]),
         ("depths=[1,", ["depths=[1,", "not YAML"]),
-        ("seed=${nowhere}", ["seed", "nowhere"]),
+        ("seed=${image_size}", ["seed=${image_size}", "write the value itself"]),
+        ("run=/x/${oc.env:DICM_SECRET}", ["run=/x/${oc.env:DICM_SECRET}", "write the value itself"]),
+        ('groups=[1,"${oc.env:DICM_SECRET}"]', ["groups.1=${oc.env:DICM_SECRET}"]),
     ],
 )
 def test_load_config__what_is_wrong_is_named_with_the_remedy(folder: Path, override: str, words: list[str]):
     message = refused(folder, override)
     for word in words:
         assert word in message
+
+
+def test_load_config__a_recipe_or_a_run_of_others_reads_no_environment(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("DICM_SECRET", "hunter2")
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text("data: x\nstages: [{name: a, epochs: '${oc.env:DICM_SECRET}'}]\n")
+    for read in (lambda: load_config(Config, theirs, [], folder), lambda: load_saved(Config, theirs)):
+        with pytest.raises(RecipeError, match=r"stages\.0\.epochs=\$\{oc\.env:DICM_SECRET\}") as refusal:
+            read()
+        assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data=s3://KEY:hunter2@bucket/set", "dta=s3://KEY:hunter2@bucket", "seed=s3://KEY:hunter2/x+y@bucket",
+        "data=https://hunter2@host/set", "run=gs://:hunter2@bucket", "stages.codec.epochs=s3://a:hunter2@b",
+    ],
+)  # fmt: skip
+def test_load_config__credentials_in_an_address_are_refused_unseen(folder: Path, tmp_path: Path, override: str):
+    key, _, value = override.partition("=")
+    (tmp_path / "theirs.yaml").write_text(f"data: x\nrun: {value}\n")
+    for recipe, overrides in (("small", [override]), (tmp_path / "theirs.yaml", [])):
+        with pytest.raises(RecipeError, match=rf"{key if overrides else 'run'}=\w+://\.\.\.: .*AWS_PROFILE") as refusal:
+            load_config(Config, recipe, overrides, folder)
+        assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://bucket/me@home/set", "http://127.0.0.1:8000/a@b", "abfs://container@account.dfs.core.windows.net/x",
+     "hf://datasets/me/set@v1", "me@host:/x", "sftp://me@host/x"],
+)  # fmt: skip
+def test_load_config__other_signs_in_an_address_are_no_credentials(folder: Path, address: str):
+    assert load_config(Config, "small", [f"data={address}"], folder).data == address
 
 
 def test_load_config__missing_value_is_named_with_an_example(folder: Path):

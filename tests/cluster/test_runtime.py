@@ -30,6 +30,7 @@ from cluster.runtime import LocalRuntime, on_sigterm, run
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}"}
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as /proc/net/tcp and tcp6 write it
 HIDE_RAY = """
 import sys
 class Hidden:
@@ -105,6 +106,8 @@ def test_run__two_workers_reduce_gather_and_broadcast_where_ray_is_hidden(tmp_pa
     facts = facts_of(tmp_path, 2)
     check_facts(facts)
     assert not any(fact["ray"] for fact in facts)
+    # Nothing that another machine could reach: anyone who can is a member of the group.
+    assert all(fact["listening"] and set(fact["listening"]) <= LOOPBACK for fact in facts)
 
 
 def test_run__torchruns_environment_is_honoured(tmp_path: Path):

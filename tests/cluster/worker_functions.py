@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,17 @@ class Options:
     folder: str
     rank: int = 1  # the one that suffers
     wait: bool = False
+
+
+def listening() -> list[str]:
+    """Local addresses, as /proc writes them, at which this process or its parent takes connections."""
+    sockets = set()
+    for process in (os.getpid(), os.getppid()):
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                sockets.add(os.readlink(descriptor))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
 
 
 def write_facts(runtime: Runtime, options: Options) -> None:
@@ -49,6 +61,7 @@ def write_facts(runtime: Runtime, options: Options) -> None:
         "should_stop": runtime.should_stop,
         "directory": str(Path.cwd()),
         "ray": "ray" in sys.modules,
+        "listening": listening(),
     }
     runtime.barrier()
     runtime.report_checkpoint(1)

@@ -23,7 +23,7 @@ from data_pipeline.cache import ShardCache
 from data_pipeline.errors import DataError, StoreError
 from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.shards import ShardReader
-from data_pipeline.storage import Retries
+from data_pipeline.storage import Retries, read
 
 
 def test_reader__reads_a_url_as_a_folder_and_fetches_each_shard_once(store: HttpStore, noise: Path, tmp_path: Path):
@@ -156,6 +156,24 @@ def test_load__a_manifest_at_a_url(store: HttpStore, noise: Path, tmp_path: Path
             Manifest.load(other.url)
 
 
+def test_load__a_store_cannot_name_a_file_of_this_machine(store: HttpStore, tmp_path: Path):
+    mine = tmp_path / "train-000000.tar"
+    mine.write_bytes(b"mine")
+    fields = json.loads((store.folder / "dataset.json").read_text())
+    fields["splits"]["train"]["shards"][0]["sha256"] = str(mine.with_suffix(""))
+    (tmp_path / "dataset.json").write_text(json.dumps(fields))
+    store.folder = tmp_path
+    with pytest.raises(DataError, match=r"sha256=.* is not 64 hexadecimal digits"):
+        ShardReader(store.url, Manifest.load(store.url).split("train"), ShardCache(tmp_path / "cache")).read(0)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_load__a_manifest_without_end_is_damaged(store: HttpStore, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("data_pipeline.storage.LARGEST_READ", 100)
+    with pytest.raises(DataError, match=r"dataset\.json: damaged at the store \(more than 100 bytes came"):
+        read(f"{store.url}/dataset.json", QUICK)
+
+
 def test_verify__looks_at_the_store_and_not_at_what_is_cached(
     tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -226,7 +244,7 @@ def test_s3__what_is_not_there_is_named(bucket: str, shards: tuple[Shard, ...], 
 
 def test_s3__a_damaged_shard_is_named(bucket: str, shards: tuple[Shard, ...], tmp_path: Path):
     cache = ShardCache(tmp_path, retries=Retries(2, 0.01, 5.0))
-    for shard in (replace(shards[0], sha256="0" * 64), replace(shards[0], bytes=512)):
+    for shard in (replace(shards[0], sha256="0" * 64), replace(shards[0], bytes=shards[0].bytes - 512)):
         with pytest.raises(DataError, match=rf"{shard.name}: damaged at the store .*fetched 2 times"):
             cache.open(bucket, shard)
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import pickle
 import tarfile
 from dataclasses import replace
@@ -14,7 +15,7 @@ import webdataset
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, Shard, Split
-from data_pipeline.shards import ShardReader, ShardWriter, new_dataset
+from data_pipeline.shards import ShardReader, ShardWriter, facts_of, new_dataset, parse_sample
 
 
 def write(root: Path, count: int = 7, max_samples: int = 3, **options: int) -> Manifest:
@@ -97,6 +98,59 @@ def test_shard_reader__refuses_a_pickle_inside_a_shard(tmp_path: Path):
     shard = Shard("train-0.tar", hashlib.sha256(content).hexdigest(), len(content), 1, (0,))
     with pytest.raises(DataError, match="'pyd' is a pickle"):
         ShardReader(tmp_path, Split((shard,))).read(0)
+
+
+def member_of(name: str, content: bytes = b"", **header: object) -> bytes:
+    """A member of a tar whose header says what its content does not."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for key, value in header.items():
+        setattr(member, key, value)
+    return member.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def sparse(num_bytes: int) -> bytes:
+    """A GNU sparse member that stands for so many zeros."""
+    header = bytearray(member_of("s0.jpg", type=tarfile.GNUTYPE_SPARSE))
+    header[386:410] = b"%011o\0%011o\0" % (num_bytes - 1, 0)
+    header[483:495] = b"%011o\0" % num_bytes
+    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
+    return bytes(header)
+
+
+HOSTILE = {
+    "sparse": (sparse(2**31), "s0.jpg' is not a regular file"),
+    "symbolic link": (member_of("s0.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"), "is not a regular file"),
+    "hard link": (member_of("s0.jpg", type=tarfile.LNKTYPE, linkname="gone"), "is not a regular file"),
+    "device": (member_of("s0.jpg", type=tarfile.CHRTYPE), "is not a regular file"),
+    "long name": (member_of("s0.jpg", b"x" * 600, type=tarfile.GNUTYPE_LONGNAME), "is not a regular file"),
+    "beyond its end": (member_of("s0.jpg", size=2**33), "leaves its sample"),
+    "before its start": (member_of("s0.jpg", size=-1024), "leaves its sample"),
+    "no header": (b"x" * 512, "damaged"),
+    "cut header": (member_of("s0.jpg")[:200], "damaged"),
+    "empty": (bytes(1024), "the index in dataset.json is off"),
+    "two keys": (member_of("s0.jpg", b"a") + member_of("s1.json", b"{}"), "the index in dataset.json is off"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_parse_sample__takes_regular_files_inside_the_sample_alone(kind: str):
+    data, words = HOSTILE[kind]
+    with pytest.raises(DataError, match=f"here: .*{words}"):
+        parse_sample(data, "here")
+
+
+def test_facts_of__brackets_without_end_are_damage():
+    with pytest.raises(DataError, match="its JSON is damaged"):
+        facts_of({"json": b"[" * 100_000})
+
+
+def test_shard_reader__a_fifo_in_the_place_of_a_shard_is_named(tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / "train-000000.tar").unlink()
+    os.mkfifo(tmp_path / "train-000000.tar")
+    with pytest.raises(DataError, match=r"train-000000\.tar: cannot be read \(it is a FIFO"):
+        reader_of(tmp_path).read(0)
 
 
 def test_shard_reader__names_a_truncated_shard(tmp_path: Path):
@@ -198,7 +252,11 @@ def test_load__a_folder_of_images_is_told_the_command(tmp_path: Path):
         Manifest.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": "x"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"schema_version": "x"}', "\udcff", "[" * 100_000, '{"schema_version": ' + "9" * 5000 + "}"],
+    ids=["empty", "cut", "list", "no_fields", "text_version", "no_utf8", "nested", "long_number"],
+)
 def test_load__damaged_manifest(tmp_path: Path, text: str):
     (tmp_path / "dataset.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=r"dataset\.json: damaged manifest.*build the data set again"):
@@ -207,12 +265,35 @@ def test_load__damaged_manifest(tmp_path: Path, text: str):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"name": "../train.tar"}, {"offsets": [0]}, {"offsets": [0, 1, 2]}, {"offsets": [0, 2048, 1024]}, {"bytes": 512}],
-)
-def test_load__damaged_shard_entry(tmp_path: Path, fields: dict):
+    [
+        {"name": "../train.tar"}, {"name": 5}, {"name": "a" * 300 + ".tar"}, {"sha256": "/home/me/train-000000"},
+        {"sha256": "../" + "0" * 61}, {"sha256": "A" * 64}, {"sha256": 7}, {"offsets": [0]}, {"offsets": [0, 1, 2]},
+        {"offsets": [0, 2048, 1024]}, {"offsets": [False, 2048, 4096]}, {"offsets": [0, 2048.0, 4096]}, {"offsets": 3},
+        {"bytes": 512}, {"bytes": True}, {"bytes": 10240.0}, {"bytes": 2**62}, {"samples": 3.0}, {"samples": -3},
+        {"colour": "red"},
+    ],
+)  # fmt: skip
+def test_load__names_the_field_of_a_damaged_shard(tmp_path: Path, fields: dict):
     write(tmp_path)
     damage(tmp_path, **fields)
-    with pytest.raises(DataError, match="damaged entry"):
+    with pytest.raises(DataError, match=rf"dataset\.json: damaged manifest \(.*{next(iter(fields))}") as refusal:
+        Manifest.load(tmp_path)
+    assert len(str(refusal.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"schema_version": True}, {"schema_version": "1"}, {"schema_version": 0}, {"name": ["x"]}, {"classes": "ab"},
+        {"classes": [1]}, {"semantic_classes": {"a": 1}}, {"semantic_classes": ["c"] * 256}, {"splits": []},
+        {"splits": {"train": []}}, {"splits": {"train": {"shards": "train-000000.tar"}}},
+    ],
+)  # fmt: skip
+def test_load__names_a_field_of_another_type(tmp_path: Path, fields: dict):
+    write(tmp_path)
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(DataError, match=rf"damaged manifest \(.*{next(iter(fields))}"):
         Manifest.load(tmp_path)
 
 
@@ -231,6 +312,12 @@ def test_load__refuses_pipe_addresses(tmp_path: Path):
         Manifest.load(tmp_path)
     with pytest.raises(DataError, match="pipe: addresses run commands"):
         Manifest.load("pipe:cat data")
+
+
+def test_load__credentials_in_an_address_are_refused_unseen():
+    with pytest.raises(DataError, match=r"^s3://\.\.\.: the address holds credentials.*AWS_PROFILE") as refusal:
+        Manifest.load("s3://KEY:hunter2@bucket/set")
+    assert "hunter2" not in str(refusal.value)
 
 
 def test_split__names_the_splits_there_are(tmp_path: Path):

@@ -82,7 +82,7 @@ def test_faults__names_every_damaged_shard(scenes: Path, tmp_path: Path):
             {"boxes": [[0, 0, 5, 5]], "labels": [0], "masks": [WHOLE | {"counts": "oooo"}]},
             "mask 0 is a damaged COCO RLE",
         ),
-        ([], "no attribute"),
+        ([], "its JSON is no object"),
     ],
 )
 def test_faults__labels_and_boxes_out_of_range(tmp_path: Path, facts: object, words: str):

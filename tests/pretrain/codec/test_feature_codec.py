@@ -330,23 +330,32 @@ DEFECTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown size": (lambda f: edit_config(f, config={"depth": 3}), "depth"),
     "size of another type": (lambda f: edit_config(f, config={"z_channels": "many"}), "z_channels|many"),
+    "size that would be looked up": (
+        lambda f: edit_config(f, config={"backbone": "${oc.env:DICM_SECRET}"}), r"oc\.env:DICM_SECRET"
+    ),
+    "bool for a size": (lambda f: edit_config(f, config={"z_channels": True}), "z_channels=True"),
+    "size beyond any memory": (lambda f: edit_config(f, config={"hyper_dim": 60_000}), "configuration: 'h_a"),
+    "brackets without end": (lambda f: (f / "config.json").write_text("[" * 100_000), "config.json: damaged"),
+    "facts of another type": (lambda f: edit_config(f, extra=["x"]), "extra="),
+    "image size of another type": (lambda f: edit_config(f, extra={"image_size": "a"}), "extra.image_size='a'"),
     "impossible size": (lambda f: edit_config(f, config={"z_channels": 0}), "z_channels=0"),
     "newer schema": (lambda f: edit_config(f, schema_version=9), "schema version 9"),
-    "another width": (lambda f: edit_config(f, config={"z_channels": 16}), "configuration: entropy.z"),
+    "another width": (lambda f: edit_config(f, config={"z_channels": 16}), "configuration: 'entropy.z"),
     "another fingerprint": (lambda f: edit_config(f, fingerprint="00" * 8), "different codecs"),
     "pickle": (lambda f: (f / "pytorch_model.bin").write_bytes(b"x"), "pytorch_model.bin, a pickle"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_from_pretrained__names_the_defect(folder: Path, tmp_path: Path, defect: str):
+def test_from_pretrained__names_the_defect(folder: Path, tmp_path: Path, defect: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DICM_SECRET", "hunter2")
     damage, words = DEFECTS[defect]
     damaged = shutil.copytree(folder, tmp_path / "codec")
     damage(damaged)
     with pytest.raises(CodecError, match=words) as caught:
         FeatureCodec.from_pretrained(damaged)
     assert str(damaged) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "hunter2" not in str(caught.value)
 
 
 def test_from_pretrained__flipped_weights_are_noticed(folder: Path, tmp_path: Path):
