@@ -18,7 +18,7 @@ class ClusterConfig:
         None  # go on with as few when nodes are missing; none: wait until all workers have a place
     )
     accelerator: str = "auto"  # gpu: one GPU for each worker; cpu; auto: gpu where the cluster has any
-    cpus_per_worker: int = 1  # what Ray sets aside for each; decoding processes (`num_workers`) need theirs, too
+    cpus_per_worker: int = 1  # what Ray reserves for each: threads that compute on a CPU, and decoding processes
     placement: str = "pack"  # as few nodes as possible; or spread: as many
     max_failures: int = 3  # lost workers in a row without a new checkpoint, after which the run ends
     resize_seconds: float = 60.0  # how long a group of workers trains before it is restarted to grow

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import RunError
+from cluster.machine import num_cpus
 from cluster.options import ClusterConfig
 
 C = TypeVar("C")
@@ -187,8 +188,8 @@ def backend_for(local_world: int) -> str:
 
 
 def threads_per_worker(workers: int) -> int:
-    """Compute threads for each of `workers` on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    """Compute threads for each of `workers` on this machine, of the cores that they may use together."""
+    return max(1, num_cpus() // workers)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from worker_functions import (
 )
 
 from cluster.errors import CheckpointError, RunError
+from cluster.machine import num_cpus
 from cluster.runtime import LocalRuntime, on_sigterm, run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def check_facts(facts: list[dict]) -> None:
         assert fact["broadcast"] == {"step": 7, "from": 0}
         assert fact["should_stop"] is False
         if not torch.cuda.is_available():
-            assert fact["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+            assert fact["threads"] == max(1, num_cpus() // 2)
 
 
 def test_run__one_worker_in_this_process(tmp_path: Path):
