@@ -29,6 +29,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
+from data_pipeline.shared_memory import fault_of_processes, move_to_shared_memory
 
 MIN_SIDE = 16  # pixels; no stream is made of a smaller image
 
@@ -157,7 +158,7 @@ class SampleLoader(DataLoader[list[S]]):
         super().__init__(
             dataset,  # type: ignore[arg-type]  # `__getitems__` makes whole batches
             batch_sampler=batches,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            collate_fn=_handed_over,  # type: ignore[arg-type]
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=one_thread,
@@ -178,6 +179,10 @@ class SampleLoader(DataLoader[list[S]]):
             return
         except DataError as error:
             failure = error
+        except (RuntimeError, OSError) as error:
+            if (told := fault_of_processes(error)) is None:
+                raise
+            failure = told
         # Let go of the workers first: the error's traceback would keep them until it is collected.
         self._iterator = None
         raise failure
@@ -235,5 +240,9 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _as_it_is(delivery: Delivery) -> Delivery:
+def _handed_over(delivery: Delivery) -> Delivery:
+    try:
+        move_to_shared_memory(delivery.samples)
+    except DataError as error:
+        return delivery._replace(samples=[], error=error)
     return delivery
