@@ -106,7 +106,7 @@ def launch(
                 # A cluster's nodes have other work, too; a Ray of our own is for this run alone.
                 "cpus": options.cpus_per_worker if _address() else None,
             },
-            torch_config=TorchConfig(backend=backend),
+            torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(options.timeout_seconds)),
             scaling_config=scaling,
             run_config=RunConfig(
                 name=exchange.folder.name,  # a name used before would make Ray resume that run

@@ -25,7 +25,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from cluster.errors import RunError, is_ours, portable
-from cluster.runtime import LocalRuntime, Runtime, on_sigterm
+from cluster.options import TIMEOUT_SECONDS
+from cluster.runtime import LocalRuntime, Runtime, on_sigterm, timeouts_told
 
 C = TypeVar("C")
 GRACE_SECONDS = 5.0  # for the others to say how they ended, once one has failed
@@ -42,8 +43,14 @@ class Failure:
     traceback: str = ""
 
 
-def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int) -> None:
-    """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises."""
+def run_workers(
+    function: Callable[[Runtime, C], None], config: C, workers: int, timeout_seconds: float = TIMEOUT_SECONDS
+) -> None:
+    """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises.
+
+    Args:
+        timeout_seconds: how long a worker waits for the others.
+    """
     context = torch.multiprocessing.get_context("spawn")
     # The store lives here and has its port from the system: no other process can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -60,7 +67,7 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
             with sigterm_held_back():
                 for rank in range(workers):
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (function, config, rank, workers, store.port, sender)
+                    arguments = (function, config, rank, workers, store.port, sender, timeout_seconds)
                     process = context.Process(target=_work_in_process, args=arguments, name=f"worker {rank}")
                     process.start()
                     sender.close()
@@ -149,7 +156,13 @@ def _how_it_died(code: int) -> str:
 
 
 def _work_in_process(
-    function: Callable[[Runtime, Any], None], config: Any, rank: int, workers: int, port: int, sender: Connection
+    function: Callable[[Runtime, Any], None],
+    config: Any,
+    rank: int,
+    workers: int,
+    port: int,
+    sender: Connection,
+    timeout_seconds: float,
 ) -> None:
     """Body of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
@@ -164,8 +177,8 @@ def _work_in_process(
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs in the parent, as under torchrun
     }
     try:
-        runtime = LocalRuntime()
-        with on_sigterm(runtime.stop):
+        runtime = LocalRuntime(timeout_seconds)
+        with on_sigterm(runtime.stop), timeouts_told(timeout_seconds):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back until there was a handler
             function(runtime, config)
     except Exception as error:
