@@ -59,6 +59,7 @@ class _Word:
 
     def arrived(self) -> Notice:
         """Wait for it."""
+        assert self.work is not None  # every rank is in the group
         self.work.wait()
         return Notice(int(self.flag.item()))
 
