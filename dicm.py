@@ -24,9 +24,14 @@ import typer
 from cluster.cli import app as cluster_app
 from cluster.cli import resolvers
 from cluster.errors import is_ours
+from cluster.machine import num_cpus
 from data_pipeline.cli import app as data_app
 from downstream.cli import app as downstream_app
 from pretrain.cli import app as pretrain_app
+
+# OpenMP counts the cores of the affinity alone, and starts too many threads where a container has a quota of fewer.
+if (cpus := num_cpus()) < len(os.sched_getaffinity(0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
 
 __version__ = "0.1.0"
 

@@ -105,6 +105,7 @@ class CheckpointStore:
             ) from error
         self._verdicts: dict[int, tuple[Signature, Fault | None]] = {}  # step -> its files when read, the fault
         self._undropped: set[int] = set()  # of which the log has been told
+        self._left_over = False  # whether the log has been told of what others left
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -236,6 +237,17 @@ class CheckpointStore:
             self._drop(step)
         except Exception as error:  # the checkpoint is complete: what is left lying is no reason to end a run
             logger.warning("%s: what to keep could not be told (%s); nothing was removed", self.where, reason_of(error))
+        try:
+            self.folder.remove_leftovers()
+        except Exception as error:  # as above
+            if not self._left_over:
+                self._left_over = True
+                logger.warning(
+                    "%s: what writers that died left could not be removed (%s) and takes up space; allow this program "
+                    "to list uploads and to delete, or let the store drop them by a rule of its own",
+                    self.where,
+                    reason_of(error),
+                )
 
     def _writing(self, step: int) -> AbstractContextManager[None]:
         return _writing(f"{self.where}: the checkpoint of step {step} could not be written")

@@ -14,12 +14,14 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from cluster.files import write_whole
 
 STATE, MANIFEST = "state.pt", "manifest.json"
+LEFTOVER_SECONDS = 6 * 3600.0  # after which a write to a store that was not completed is a dead writer's
 NAME = re.compile(r"step_(\d{8,})")
 
 Signature = tuple[Any, ...] | None  # changes whenever a file of the step does; None: not known
@@ -52,6 +54,9 @@ class CheckpointFolder(Protocol):
     def remove(self, step: int) -> None:
         """Drop a step (OSError, or a store library's own error)."""
 
+    def remove_leftovers(self) -> None:
+        """Drop what a writer that died has left (OSError, or a store library's own error)."""
+
 
 def step_name(step: int) -> str:
     """Name of the folder of a step."""
@@ -80,7 +85,7 @@ class LocalFolder:
         """Beside, synced, then renamed."""
         final = self.path(step)
         temporary = self.folder / f".{final.name}.{os.getpid()}"
-        self._remove_leftovers()
+        self.remove_leftovers()
         try:
             temporary.mkdir(parents=True)
             with HashedFile((temporary / STATE).open("wb")) as file:
@@ -96,7 +101,7 @@ class LocalFolder:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        self._remove_leftovers()
+        self.remove_leftovers()
 
     def rewrite_manifest(self, step: int, manifest: bytes) -> None:
         """At once, by a rename."""
@@ -127,7 +132,8 @@ class LocalFolder:
         """The folder of a step."""
         return self.folder / step_name(step)
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Folders under a temporary name."""
         for path in self.folder.glob(".step_*") if self.folder.is_dir() else []:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -197,6 +203,32 @@ class StoreFolder:
             if self.files.exists(self._path(step, name)):
                 self.files.rm_file(self._path(step, name))
 
+    def remove_leftovers(self) -> None:
+        """States without a manifest, and uploads that were never completed, once they are old.
+
+        Young ones may belong to a writer that still lives, though this process has been started in its place.
+        """
+        before = datetime.now(UTC) - timedelta(seconds=LEFTOVER_SECONDS)
+        self.files.invalidate_cache()
+        there = set(self.files.find(self.root))
+        for path in there:
+            folder, _, name = path.rpartition("/")
+            if (
+                name == STATE
+                and NAME.fullmatch(folder.removeprefix(f"{self.root}/"))
+                and f"{folder}/{MANIFEST}" not in there
+                and _aware(self.files.modified(path)) < before
+            ):
+                self.files.rm_file(path)
+        if self.name.startswith(("s3://", "s3a://")):
+            bucket, _, prefix = self.root.partition("/")
+            answer = self.files.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/step_".lstrip("/"))
+            for upload in answer.get("Uploads", []):
+                if upload["Initiated"] < before:
+                    self.files.call_s3(
+                        "abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                    )
+
     def forget(self) -> None:
         """Free the memory of the state that was read last."""
         self._fetched = None
@@ -257,6 +289,11 @@ class HashedFile:
     def flush(self) -> None:
         """To the file."""
         self.file.flush()
+
+
+def _aware(moment: datetime) -> datetime:
+    """A time with its zone; where a store names none it means UTC."""
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,7 +15,9 @@ from cluster.errors import PeerLost, Restart, first_line, is_ours, last_line
 
 # Of gloo and NCCL when the other side is gone, and of a GPU that has fallen off: nothing that our code did.
 NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Ss]ocket")
+TIMED_OUT = "Timed out waiting"  # gloo's words, where a collective gives up
 PEER = "lost its connection to another"
+WAITED = "waited for another longer than cluster.timeout_seconds"
 DEVICE = re.compile(r"CUDA error|uncorrectable ECC|device-side|fell off the bus")
 
 
@@ -39,7 +41,7 @@ class Cause:
     @property
     def what(self) -> str:
         """What happened to a lost worker."""
-        return self.reason if self.reason == PEER else f"was lost ({self.reason})"
+        return self.reason if self.reason in (PEER, WAITED) else f"was lost ({self.reason})"
 
 
 def cause_of(failures: Mapping[int, Exception]) -> Cause:
@@ -58,7 +60,7 @@ def cause_of(failures: Mapping[int, Exception]) -> Cause:
         if not isinstance(error, PeerLost):
             return Cause("bug", rank, first_line(error), error)
     for rank, error in ranks.items():
-        return Cause("lost", rank, PEER, error)
+        return Cause("lost", rank, WAITED if TIMED_OUT in str(error) else PEER, error)
     return Cause("lost", None, "no worker said why")
 
 

@@ -54,6 +54,7 @@ from cluster.clocks import check_clocks  # noqa: E402
 from cluster.errors import PeerLost, Restart, RunError, first_line, is_ours, last_line, portable  # noqa: E402
 from cluster.exchange import Exchange, MessageHandler, MessageReader  # noqa: E402
 from cluster.failures import cause_of, is_peer_lost  # noqa: E402
+from cluster.machine import CPUS_VARIABLE, num_cpus  # noqa: E402
 from cluster.options import ClusterConfig  # noqa: E402
 from cluster.policies import Group, LiveNodesPolicy, RecoveryPolicy  # noqa: E402
 from cluster.ray_runtime import RayRuntime  # noqa: E402
@@ -103,8 +104,10 @@ def launch(
                 "work": cloudpickle.dumps((function, config)),  # the controller need not import what it needs
                 "exchange": exchange,
                 "directory": Path.cwd(),
+                # A cluster's nodes have other work, too; a Ray of our own is for this run alone.
+                "cpus": options.cpus_per_worker if _address() else None,
             },
-            torch_config=TorchConfig(backend=backend),
+            torch_config=TorchConfig(backend=backend, timeout_s=math.ceil(options.timeout_seconds)),
             scaling_config=scaling,
             run_config=RunConfig(
                 name=exchange.folder.name,  # a name used before would make Ray resume that run
@@ -180,8 +183,10 @@ def _worker(options: dict[str, Any]) -> None:
             "name one on storage that all nodes share, run=DIR"
         )
     runtime = RayRuntime(exchange)
+    cpus = options["cpus"] or threads_per_worker(ray.train.get_context().get_local_world_size())
+    os.environ[CPUS_VARIABLE] = str(cpus)
     if runtime.device.type == "cpu":
-        torch.set_num_threads(threads_per_worker(ray.train.get_context().get_local_world_size()))
+        torch.set_num_threads(cpus)
     logging.getLogger().addHandler(MessageHandler(exchange, str(runtime.rank)))
     try:
         check_clocks(runtime, exchange.place_of)
@@ -248,7 +253,7 @@ def _resources(least: int, most: int, options: ClusterConfig) -> tuple[ScalingCo
 
 
 @contextmanager
-def _connected_ray(num_cpus: int) -> Iterator[None]:
+def _connected_ray(cpus: int) -> Iterator[None]:
     """A Ray to work on: the one this process is connected to, that of RAY_ADDRESS, or one of our own."""
     if ray.is_initialized():
         yield
@@ -256,7 +261,7 @@ def _connected_ray(num_cpus: int) -> Iterator[None]:
     if address := _address():
         _check_address(address)
     with _same_sigterm():
-        _start_ray(address, num_cpus)
+        _start_ray(address, cpus)
         try:
             yield
         finally:
@@ -274,7 +279,7 @@ def _same_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _start_ray(address: str | None, num_cpus: int) -> None:
+def _start_ray(address: str | None, cpus: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
@@ -285,7 +290,7 @@ def _start_ray(address: str | None, num_cpus: int) -> None:
             with environment("PYTHONPATH", _import_path()):
                 ray.init(
                     "local",
-                    num_cpus=max(num_cpus, os.cpu_count() or 1),
+                    num_cpus=max(cpus, num_cpus()),
                     include_dashboard=False,
                     runtime_env={SETUP_HOOK: setup_hook()},
                     object_store_memory=OBJECT_STORE_BYTES,

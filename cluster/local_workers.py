@@ -28,7 +28,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from cluster.errors import RunError, is_ours, portable
-from cluster.runtime import LocalRuntime, Runtime, on_sigterm
+from cluster.options import TIMEOUT_SECONDS
+from cluster.runtime import LocalRuntime, Runtime, on_sigterm, timeouts_told
 
 C = TypeVar("C")
 LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
@@ -46,8 +47,14 @@ class Failure:
     traceback: str = ""
 
 
-def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int) -> None:
-    """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises."""
+def run_workers(
+    function: Callable[[Runtime, C], None], config: C, workers: int, timeout_seconds: float = TIMEOUT_SECONDS
+) -> None:
+    """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises.
+
+    Args:
+        timeout_seconds: how long a worker waits for the others.
+    """
     # What the function needs is imported once, not by every worker. Where a program has begun such processes before,
     # these share what those do, and import the rest.
     context = torch.multiprocessing.get_context("forkserver")
@@ -66,7 +73,9 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
             with sigterm_held_back():
                 for rank in range(workers):
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (function, config, rank, workers, store.port, dict(os.environ), sender)
+                    arguments = (
+                        function, config, rank, workers, store.port, timeout_seconds, dict(os.environ), sender,
+                    )  # fmt: skip
                     process = context.Process(target=_work_in_process, args=arguments, name=f"worker {rank}")
                     process.start()
                     sender.close()
@@ -166,9 +175,15 @@ def _how_it_died(code: int) -> str:
 
 
 def _work_in_process(
-    function: Callable[[Runtime, Any], None], config: Any, rank: int, workers: int, port: int,
-    environment: dict[str, str], sender: Connection,
-) -> None:  # fmt: skip
+    function: Callable[[Runtime, Any], None],
+    config: Any,
+    rank: int,
+    workers: int,
+    port: int,
+    timeout_seconds: float,
+    environment: dict[str, str],
+    sender: Connection,
+) -> None:
     """Body of a worker process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # where the server had started before
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
@@ -185,8 +200,8 @@ def _work_in_process(
         "NCCL_SOCKET_IFNAME": LOOPBACK_NAME,
     }
     try:
-        runtime = LocalRuntime()
-        with on_sigterm(runtime.stop):
+        runtime = LocalRuntime(timeout_seconds)
+        with on_sigterm(runtime.stop), timeouts_told(timeout_seconds):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             function(runtime, config)
     except Exception as error:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from cluster.errors import RunError
 
 ACCELERATORS = ("auto", "cpu", "gpu")
+TIMEOUT_SECONDS = 1800.0  # torch's own
 PLACEMENTS = ("pack", "spread")
 
 
 @dataclass
 class ClusterConfig:
-    """Options of Ray's workers, `cluster.*` in a recipe; plain torch (`launcher=local`) reads none of them."""
+    """Options of Ray's workers, `cluster.*` in a recipe; of these, plain torch reads `timeout_seconds` alone."""
 
     min_workers: int | None = (
         None  # go on with as few when nodes are missing; none: wait until all workers have a place
     )
     accelerator: str = "auto"  # gpu: one GPU for each worker; cpu; auto: gpu where the cluster has any
-    cpus_per_worker: int = 1  # what Ray sets aside for each; decoding processes (`num_workers`) need theirs, too
+    cpus_per_worker: int = 1  # what Ray reserves for each: threads that compute on a CPU, and decoding processes
     placement: str = "pack"  # as few nodes as possible; or spread: as many
     max_failures: int = 3  # lost workers in a row without a new checkpoint, after which the run ends
-    resize_seconds: float = 60.0  # how long a group of workers trains before it is restarted to grow
+    resize_seconds: float = 60.0  # how long room for more workers must stand before a group is restarted to grow
+    timeout_seconds: float = TIMEOUT_SECONDS  # how long a worker waits for the others, one of which may hang
 
     def validate(self, workers: int) -> None:
         """Refuse what cannot work (RunError)."""
@@ -39,6 +42,11 @@ class ClusterConfig:
             raise RunError(f"cluster.max_failures={self.max_failures} is impossible; it must be at least 0")
         if not self.resize_seconds >= 0:
             raise RunError(f"cluster.resize_seconds={self.resize_seconds:g} is impossible; it must be at least 0")
+
+        if not 1 <= self.timeout_seconds < math.inf:
+            raise RunError(
+                f"cluster.timeout_seconds={self.timeout_seconds:g} is impossible; it must be at least 1, and finite"
+            )
 
     def workers(self, most: int) -> int | tuple[int, int]:
         """What `cluster.launch.launch` takes: a number of workers, or (least, most)."""

@@ -14,7 +14,7 @@ import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import ray
 from ray.exceptions import RayActorError, RayError
@@ -35,6 +35,7 @@ LOOK_SECONDS = 1.0  # between looks at the nodes
 ANSWER_SECONDS = 2.0  # within which a node's raylet accepts a connection
 WAIT_WARNING_SECONDS = 30.0
 RELEASE_SECONDS = 0.3
+CHECKPOINT_WAITS = 10  # times the seconds that the room for more workers must have stood
 START_TIMES = 6  # starts in a row that timed out, a minute by default, are counted as a lost worker
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,52 @@ class Group(WorkerGroupCallback):
             Group.state = None
 
 
+class Size(NamedTuple):
+    """How many workers there are, or could be, and since when (seconds of a monotonic clock)."""
+
+    workers: int
+    since: float
+
+
+class Growth:
+    """When a group is restarted to grow: nodes often come one after the other, and each restart costs seconds.
+
+    The room for more workers must have stood for a while, or suffice for all; then the restart follows a checkpoint, or
+    comes without one where that takes too long.
+
+    Args:
+        most: workers that the run takes.
+        seconds: that the room must have stood.
+    """
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self.most, self.seconds = most, seconds
+        self._group: Size | None = None
+        self._room: Size | None = None
+        self._settled: tuple[float, int] | None = None  # when, and the step of the newest checkpoint then
+
+    def is_due(self, group: Size, wanted: int, now: float, step: int) -> bool:
+        """Whether the group should be restarted now; asked again and again while it trains.
+
+        Args:
+            wanted: as many workers as there is room for.
+            step: of the newest checkpoint.
+        """
+        if group != self._group:
+            self._group, self._room, self._settled = group, None, None
+        if wanted <= group.workers:
+            self._room = self._settled = None
+            return False
+        if self._room is None or wanted != self._room.workers:
+            self._room, self._settled = Size(wanted, now), None
+        if self._settled is None:
+            if wanted < self.most and now - self._room.since < self.seconds:
+                return False
+            self._settled = now, step
+        since, before = self._settled
+        return step > before or now - since >= CHECKPOINT_WAITS * self.seconds
+
+
 class LiveNodesPolicy(ElasticScalingPolicy):
     """As many workers as the nodes that are up, and not about to go, have room for.
 
@@ -88,6 +135,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):
         self._gone: list[str] = []
         self._told: set[str] = set()  # nodes whose loss was reported
         self._next_look = self._next_warning = 0.0
+        self._growth = Growth(scaling.max_workers, scaling.elastic_resize_monitor_interval_s)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Report to the driver from now on; ask the autoscaler for nodes."""
@@ -131,7 +179,8 @@ class LiveNodesPolicy(ElasticScalingPolicy):
             return NoopDecision()
         if now - worker_group_state.start_time > self.scaling_config.elastic_resize_monitor_interval_s:
             wanted = self._count_possible_workers(self._get_reserved_resources())
-            if wanted > worker_group_state.num_workers:
+            group = Size(worker_group_state.num_workers, worker_group_state.start_time)
+            if self._growth.is_due(group, wanted, now, self.exchange.read_step()):
                 self.exchange.add_event("resized", reason=f"room for {wanted} workers")
                 self.exchange.ask_to_restart()
         return NoopDecision()

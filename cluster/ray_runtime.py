@@ -44,6 +44,9 @@ class RayRuntime(Runtime):
                 self._gauges[key] = Gauge(*GAUGES[key], tag_keys=("run",))
             self._gauges[key].set(values[key], {"run": self.exchange.run.name})
 
+    def _passed(self, notice: Notice) -> Notice:
+        return notice
+
     def _look_for_notice(self) -> Notice:
         # Rank 0 alone looks: what one rank knows, all know after the collective, and the folder may be on a network.
         if self.rank == 0 and self._told != Notice.STOP and time.monotonic() >= self._next_look:

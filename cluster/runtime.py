@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -23,12 +24,14 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import RunError
-from cluster.options import ClusterConfig
+from cluster.failures import TIMED_OUT
+from cluster.machine import num_cpus
+from cluster.options import TIMEOUT_SECONDS, ClusterConfig
 
 C = TypeVar("C")
 WorkerFunction = Callable[["Runtime", C], None]
 CPU = torch.device("cpu")
-RANKS_A_STEP = 64  # that compare notices within one step
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Notice(IntEnum):
@@ -47,15 +50,16 @@ class Interruption(NamedTuple):
     time: float
 
 
-class _Question:
-    """The greatest notice of all ranks, on its way."""
+class _Word:
+    """Rank 0's notice, on its way to all ranks."""
 
     def __init__(self, notice: Notice) -> None:
         self.flag = torch.tensor(int(notice))
-        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+        self.work = dist.broadcast(self.flag, src=0, async_op=True)
 
-    def answer(self) -> Notice:
+    def arrived(self) -> Notice:
         """Wait for it."""
+        assert self.work is not None  # every rank is in the group
         self.work.wait()
         return Notice(int(self.flag.item()))
 
@@ -77,23 +81,21 @@ class Runtime:
     def __init__(self, rank: int, world: int, local_rank: int, device: torch.device) -> None:
         self.rank, self.world, self.local_rank, self.device = rank, world, local_rank, device
         self.place = f"rank {rank} on node {socket.gethostname()}"
-        self._asked: _Question | None = None
-        self._calls = 0
+        self._word: _Word | None = None
+        self._passed_on = Notice.NONE
 
     @property
     def should_stop(self) -> bool:
         """True on every rank once any of them was told to save and end; a collective where there are several ranks.
 
-        Asked after every step, so nobody waits: the ranks compare what they were told while the next step is computed,
-        and all hear of it with the next question. That takes longer the more they are, so many ask less often.
+        Asked after every step, so nobody waits. Rank 0 says while the next step is computed what it was told, or found
+        in the group's store, where the others write what they were told; all act on it with the next question. A
+        broadcast takes log2(world) hops, so that the second step hears of a notice at any size.
         """
         notice = self._look_for_notice()
         if self.world > 1:
-            self._calls += 1
-            if self._calls % -(-self.world // RANKS_A_STEP):
-                return False
-            asked, self._asked = self._asked, _Question(notice)
-            notice = asked.answer() if asked is not None else Notice.NONE
+            word, self._word = self._word, _Word(self._passed(notice))
+            notice = word.arrived() if word is not None else Notice.NONE
         self.notice = notice
         return notice != Notice.NONE
 
@@ -142,15 +144,33 @@ class Runtime:
         """What this rank was told."""
         return Notice.NONE
 
+    def _passed(self, notice: Notice) -> Notice:
+        """Of rank 0, the greatest notice that any rank was told so far; the others leave theirs in the store."""
+        store = dist.distributed_c10d._get_default_store()
+        if self.rank == 0:
+            return max([notice, *(told for told in Notice if told and store.check([f"notice {told}"]))])
+        if notice > self._passed_on:
+            store.set(f"notice {notice}", "")
+            self._passed_on = notice
+        return notice
+
 
 class LocalRuntime(Runtime):
-    """Plain torch: rank and world as torchrun (or `run`) put them into the environment, or a world of one."""
+    """Plain torch: rank and world as torchrun (or `run`) put them into the environment, or a world of one.
 
-    def __init__(self) -> None:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        super().__init__(int(os.environ.get("RANK", "0")), world, local_rank, device_of(local_rank))
+    Args:
+        timeout_seconds: how long a collective waits for the other ranks.
+
+    Raises:
+        RunError: the environment has a part of what torchrun sets.
+    """
+
+    def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        rank, world, local_rank, local_world = 0, 1, 0, 1
+        if under_torchrun():
+            rank, world = number_of("RANK"), number_of("WORLD_SIZE")
+            local_rank, local_world = number_of("LOCAL_RANK", 0), number_of("LOCAL_WORLD_SIZE", world)
+        super().__init__(rank, world, local_rank, device_of(local_rank))
         self._told = threading.Event()
         self._joined = world > 1 and not dist.is_initialized()
         if self.device.type == "cuda":
@@ -158,7 +178,7 @@ class LocalRuntime(Runtime):
         elif world > 1:
             torch.set_num_threads(threads_per_worker(local_world))
         if self._joined:
-            dist.init_process_group(backend_for(local_world))
+            dist.init_process_group(backend_for(local_world), timeout=timedelta(seconds=timeout_seconds))
 
     def close(self) -> None:
         """Leave the process group."""
@@ -187,8 +207,8 @@ def backend_for(local_world: int) -> str:
 
 
 def threads_per_worker(workers: int) -> int:
-    """Compute threads for each of `workers` on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
+    """Compute threads for each of `workers` on this machine, of the cores that they may use together."""
+    return max(1, num_cpus() // workers)
 
 
 @contextmanager
@@ -236,7 +256,7 @@ def run(
         launcher: "local" is plain torch: this process for one worker, spawned ones for several, or the processes
             that torchrun started, whose number then counts; "ray" is Ray Train.
         run_dir: folder of the run, on storage that all workers share.
-        cluster: how Ray spreads the workers, and what it does when one is lost.
+        cluster: how Ray spreads the workers, and what it does when one is lost; how long workers wait for each other.
 
     Raises:
         RunError: a worker died, or none could be started. An error of our own packages comes back as it was raised
@@ -244,31 +264,78 @@ def run(
     """
     if workers < 1:
         raise RunError(f"workers={workers}: at least one worker has to do it")
+    options = cluster or ClusterConfig()
     if launcher == "ray":
         from cluster.launch import launch
 
-        options = cluster or ClusterConfig()
         launch(function, config, workers=options.workers(workers), run_dir=run_dir, options=options)
     elif launcher != "local":
         raise RunError(f"launcher={launcher}: there are local, ray")
-    elif workers == 1 or under_torchrun():
-        _work(function, config)
+    elif under_torchrun() or workers == 1:
+        _work(function, config, options)
     else:
         from cluster.local_workers import run_workers
 
-        run_workers(function, config, workers)
+        run_workers(function, config, workers, options.timeout_seconds)
 
 
 def under_torchrun() -> bool:
-    """Whether something outside has already started the workers, this process being one of them."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether something outside has already started the workers, this process being one of them.
+
+    Raises:
+        RunError: a part of its variables is missing, or contradicts the others.
+    """
+    there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if not there:
+        return False
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if missing:
+        shown = ", ".join(f"{name}={os.environ[name]}" for name in there)
+        raise RunError(
+            f"{shown} is set without {', '.join(missing)}; start the command with torchrun, which sets them all, or "
+            f"unset {', '.join(there)}"
+        )
+    rank, world = number_of("RANK"), number_of("WORLD_SIZE")
+    if rank >= world:
+        raise RunError(f"RANK={rank} is invalid with WORLD_SIZE={world}; it must lie in 0..{world - 1}")
+    return True
 
 
-def _work(function: WorkerFunction[C], config: C) -> None:
-    """Run `function` as the worker that the environment describes."""
-    runtime = LocalRuntime()
+def number_of(variable: str, default: int | None = None) -> int:
+    """A number of torchrun's in the environment (RunError: it is none)."""
+    value = os.environ.get(variable)
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isdecimal():
+        raise RunError(f"{variable}={value} is invalid; torchrun sets a whole number from 0")
+    return int(value)
+
+
+def alone() -> Runtime:
+    """The runtime of a process that works by itself, whatever started it."""
+    return Runtime(0, 1, 0, device_of(0))
+
+
+@contextmanager
+def timeouts_told(seconds: float) -> Iterator[None]:
+    """Make one line of what gloo says where a collective has waited too long (RunError)."""
     try:
-        with on_sigterm(runtime.stop):
+        yield
+    except RuntimeError as error:
+        if TIMED_OUT not in str(error):
+            raise
+        raise RunError(
+            f"a worker waited {seconds:g} s in vain for another one, which may hang in reading or writing; see what "
+            "holds that up and run the same command again, with a greater cluster.timeout_seconds= where it only needs "
+            "longer"
+        ) from error
+
+
+def _work(function: WorkerFunction[C], config: C, options: ClusterConfig) -> None:
+    """Run `function` as the worker that the environment describes."""
+    runtime = LocalRuntime(options.timeout_seconds)
+    try:
+        with on_sigterm(runtime.stop), timeouts_told(options.timeout_seconds):
             function(runtime, config)
     finally:
         runtime.close()

@@ -58,7 +58,7 @@ def build_dataset(
         splits: names of the splits to make, each with the source's split it is made of; None: the layout's own.
         val_fraction: share of the images of train, every n-th, that becomes the val split where there is none.
         shard_samples, shard_mib: a shard is closed at so many samples or MiB.
-        num_processes: for reading images; None is one a core.
+        num_processes: for reading images; None is one a core, as far as memory has room.
         restart: discard what an interrupted build left.
         on_total, progress: called with the number of images, and with how many more are done.
 

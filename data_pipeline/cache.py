@@ -9,6 +9,10 @@ Processes agree through locks on these files alone (flock), which the kernel dro
 however it died: there is no shared memory and nothing to clean by hand. A partial file that no one has locked
 belongs to a killed download and is fetched anew or removed by whoever comes next.
 
+Where the file system has no locks, each download has a name of its own, SHA256.BYTES.RANDOM.part, and is renamed when
+it is whole: several processes may fetch the same shard, and the limit may be exceeded. Copies are unlinked and not
+emptied, so that who reads from one reads on; what a killed download left is removed an hour later.
+
 A shard is in use while a process reads from it, and holds a shared lock for just that time. Whoever needs room
 removes the copies that were used longest ago and are not in use, and takes their space back at once, also from
 processes that still have them open: these see that the copy is gone and fetch it again. The sizes of all copies and
@@ -24,12 +28,14 @@ import fcntl
 import hashlib
 import io
 import os
+import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from cluster.locks import lock
 from data_pipeline.addresses import join
 from data_pipeline.errors import DataError
 
@@ -43,6 +49,7 @@ ROOT_VARIABLE = "DICM_CACHE"
 TOUCH_SECONDS = 1.0  # how precisely the last use is noted
 ROOM_SECONDS = 600.0  # how long to wait for others to finish with their shards
 POLL_SECONDS = 0.05
+ABANDONED_SECONDS = 3600.0  # without a byte, after which a download that no lock guards is a killed one's
 
 # Descriptors with exclusive locks of this process. A child that is forked meanwhile has copies, which would keep the
 # locks after our death.
@@ -70,11 +77,11 @@ class CachedShard(io.FileIO):
 
     def __init__(self, path: Path):
         super().__init__(path, "rb")
-        self._owner, self._touched = os.getpid(), 0.0
+        self._folder, self._owner, self._touched = path.parent, os.getpid(), 0.0
 
     def hold(self) -> bool:
         """Lock the copy against removal and note its use; False, and no lock, where it was removed before."""
-        fcntl.flock(self.fileno(), fcntl.LOCK_SH)
+        lock(self.fileno(), fcntl.LOCK_SH, self._folder)
         status = os.fstat(self.fileno())
         if status.st_nlink == 0:
             self.release()
@@ -86,7 +93,7 @@ class CachedShard(io.FileIO):
 
     def release(self) -> None:
         """Allow the copy to be removed."""
-        fcntl.flock(self.fileno(), fcntl.LOCK_UN)
+        lock(self.fileno(), fcntl.LOCK_UN, self._folder)
 
     def close(self) -> None:
         """Close the file; the lock goes too, though a forked process may still have a copy of the descriptor."""
@@ -181,11 +188,11 @@ class ShardCache:
         from data_pipeline.storage import download
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{shard.sha256}.{shard.bytes}.part"
         while (copy := self._present(shard)) is None:
-            with self._reserved(part, shard) as descriptor:
-                if descriptor is None or self._path(shard).exists():
+            with self._reserved(shard) as reserved:
+                if reserved is None or self._path(shard).exists():
                     continue
+                part, descriptor = reserved
                 download(
                     join(root, shard.name),
                     part,
@@ -196,9 +203,9 @@ class ShardCache:
                 )
                 self.fetched_shards += 1
                 with self._room_lock():  # so that no one removes the copy before it is held
+                    copy = CachedShard(part)  # before it has its name, by which others may remove it
                     os.replace(part, self._path(shard))
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                    copy = CachedShard(self._path(shard))
+                    lock(descriptor, fcntl.LOCK_UN, self.folder)
                     copy.hold()
                 # `download` has hashed it in this very process.
                 self._verified[shard.sha256] = _identity(os.fstat(copy.fileno()))
@@ -209,31 +216,33 @@ class ShardCache:
         self.fetched_bytes += num_bytes
 
     @contextmanager
-    def _reserved(self, part: Path, shard: Shard) -> Iterator[int | None]:
-        """The descriptor of `part`, locked while the block lasts, with room for the shard.
+    def _reserved(self, shard: Shard) -> Iterator[tuple[Path, int] | None]:
+        """A file to download to and its descriptor, locked while the block lasts, with room for the shard.
 
         Where another process has locked it, wait for its download instead: None.
         """
         deadline = time.monotonic() + ROOM_SECONDS
         while True:
-            with self._room_lock():
+            with self._room_lock() as has_locks:
+                name = "" if has_locks else f".{secrets.token_hex(8)}"
+                part = self.folder / f"{shard.sha256}.{shard.bytes}{name}.part"
                 descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
                 _locked.add(descriptor)
-                ours = _try_lock(descriptor)
+                ours = _try_lock(descriptor, self.folder)
                 room = ours and self._make_room(shard.bytes, part)
             try:
                 if room:
-                    yield descriptor
+                    yield part, descriptor
                     return
                 if not ours:
-                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    lock(descriptor, fcntl.LOCK_SH, self.folder)
                     yield None
                     return
             finally:
                 if ours:
                     with self._room_lock():
                         _unlink_if(part, descriptor)  # not there after a download that went well
-                _unlock(descriptor)
+                _unlock(descriptor, self.folder)
             if time.monotonic() > deadline:
                 raise DataError(
                     f"{self.folder}: no room for {shard.name}, all shards in {self.limit / GIB:g} GiB are in use; "
@@ -249,11 +258,12 @@ class ShardCache:
         used, copies = 0, []
         for path in self.folder.iterdir():
             if path.suffix == ".tar":
-                status = path.stat()
-                copies.append((status.st_atime_ns, status.st_size, path))
-                used += status.st_size
+                with suppress(FileNotFoundError):  # removed meanwhile, where there are no locks
+                    status = path.stat()
+                    copies.append((status.st_atime_ns, status.st_size, path))
+                    used += status.st_size
             elif path.suffix == ".part" and path != part and not _remove(path):
-                used += int(path.stem.partition(".")[2])
+                used += int(path.name.split(".")[1])
         for _, size, path in sorted(copies):
             if used + num_bytes <= self.limit:
                 break
@@ -280,14 +290,14 @@ class ShardCache:
             _unlink_if(self._path(shard), copy.fileno())
 
     @contextmanager
-    def _room_lock(self) -> Iterator[None]:
+    def _room_lock(self) -> Iterator[bool]:
+        """The lock under which room is made; False where the file system has none."""
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         _locked.add(descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield lock(descriptor, fcntl.LOCK_EX, self.folder)
         finally:
-            _unlock(descriptor)
+            _unlock(descriptor, self.folder)
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
@@ -300,38 +310,49 @@ class ShardCache:
             ) from error
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, folder: Path) -> bool:
+    """False where another process has locked the file."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, folder)
     except BlockingIOError:
         return False
     return True
 
 
-def _unlock(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_UN)
+def _unlock(descriptor: int, folder: Path) -> None:
+    lock(descriptor, fcntl.LOCK_UN, folder)
     _locked.discard(descriptor)
     os.close(descriptor)
 
 
 def _remove(path: Path) -> bool:
     """Remove a file that no one has locked and give its space back; called with the room lock held."""
-    descriptor = os.open(path, os.O_RDWR)
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:  # removed meanwhile, where there are no locks
+        return True
     _locked.add(descriptor)
     try:
-        if not _try_lock(descriptor):
-            return False
-        path.unlink()
-        os.ftruncate(descriptor, 0)  # others may have it open
+        has_locks = lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, path.parent)
+        if not has_locks and path.suffix == ".part":
+            written = os.fstat(descriptor).st_mtime
+            if time.time() - written < ABANDONED_SECONDS:
+                return False
+        path.unlink(missing_ok=True)
+        if has_locks:
+            os.ftruncate(descriptor, 0)  # others may have it open
         return True
+    except BlockingIOError:
+        return False
     finally:
-        _unlock(descriptor)
+        _unlock(descriptor, path.parent)
 
 
 def _unlink_if(path: Path, descriptor: int) -> None:
     """Remove `path` where it still is the file that `descriptor` has open."""
-    if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
-        path.unlink()
+    with suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(descriptor)):
+            path.unlink()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

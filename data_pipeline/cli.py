@@ -58,7 +58,7 @@ def build(
     val_fraction: Annotated[float, typer.Option(help="Share of train set aside if there is no val.")] = 0.0,
     shard_samples: Annotated[int, typer.Option(help="Greatest number of samples in a shard.")] = 1000,
     shard_mib: Annotated[int, typer.Option(help="Size at which a shard is closed, in MiB.")] = 256,
-    processes: Annotated[int | None, typer.Option(help="Reading processes; one a core if not given.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Reading processes; one a usable core if not given.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted build left.")] = False,
 ) -> None:
     """Turn images and annotations into shards and a manifest; what cannot be used is left out and listed.

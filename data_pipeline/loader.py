@@ -33,6 +33,7 @@ from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher, local_share
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader, facts_of
+from data_pipeline.shared_memory import fault_of_processes, move_to_shared_memory
 
 MOST_IN_A_ROW = 10  # bad samples that follow each other in a lane
 
@@ -175,7 +176,7 @@ class CanvasLoader(DataLoader[CanvasBatch]):
         super().__init__(
             dataset,  # type: ignore[arg-type]  # its batches come collated
             batch_sampler=batches,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            collate_fn=_handed_over,  # type: ignore[arg-type]
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -186,9 +187,10 @@ class CanvasLoader(DataLoader[CanvasBatch]):
         self.read_bytes = self.fetched_bytes = 0
 
     def __iter__(self) -> Iterator[CanvasBatch]:  # type: ignore[override]
-        deliveries = super().__iter__()  # forks the workers, before there are threads
+        deliveries: Any = None
         empty = True
         try:
+            deliveries = super().__iter__()  # forks the workers, before there are threads
             with self._prefetching() as prefetcher:
                 for number in itertools.count():
                     if prefetcher is not None:
@@ -208,6 +210,10 @@ class CanvasLoader(DataLoader[CanvasBatch]):
             return
         except DataError as error:
             failure = error
+        except (RuntimeError, OSError) as error:
+            if (told := fault_of_processes(error)) is None:
+                raise
+            failure = told
         # Let go of the workers first: the error's traceback would keep them until it is collected.
         self._iterator = None
         del deliveries
@@ -348,7 +354,11 @@ def eval_loader(
     )
 
 
-def _as_it_is(delivery: Delivery) -> Delivery:
+def _handed_over(delivery: Delivery) -> Delivery:
+    try:
+        move_to_shared_memory(delivery.batch)
+    except DataError as error:
+        return delivery._replace(batch=None, error=error)
     return delivery
 
 

@@ -23,14 +23,12 @@ from data_pipeline.errors import SampleError
 from data_pipeline.samples import (
     MIN_SIDE,
     SampleDataset,
-    Survey,
-    UnusableError,
     picture_of,
     seeded,
-    survey,
     to_tensor,
 )
 from data_pipeline.shards import facts_of
+from data_pipeline.surveys import Survey, UnusableError, survey
 
 IGNORE = 255
 

@@ -22,14 +22,12 @@ from data_pipeline.errors import DataError, SampleError
 from data_pipeline.samples import (
     MIN_SIDE,
     SampleDataset,
-    Survey,
-    UnusableError,
     picture_of,
-    survey,
     to_tensor,
 )
 from data_pipeline.shards import facts_of
 from data_pipeline.sources.annotations import OutlineError, clean_boxes, decode_mask, encode_mask
+from data_pipeline.surveys import Survey, UnusableError, survey
 
 
 class Objects(NamedTuple):

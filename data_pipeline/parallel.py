@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
+from cluster import machine
 from data_pipeline.errors import DataError
 
 J = TypeVar("J")
@@ -29,7 +30,8 @@ def ordered_map(
     """Results of `function` over `jobs`, in the order of the jobs, computed by `num_processes` processes.
 
     `Executor.map` submits all jobs at once and keeps every result until it is asked for; here at most four
-    chunks a process are under way, so memory stays flat over millions of images. None: a process a core.
+    chunks a process are under way, so memory stays flat over millions of images. None: a process a core that this
+    process may use, as far as memory has room.
 
     Args:
         function, jobs: are pickled.
@@ -39,7 +41,7 @@ def ordered_map(
     Raises:
         DataError: a process was ended from outside; and whatever `function` raises.
     """
-    num_processes = num_processes or os.cpu_count() or 1
+    num_processes = num_processes or machine.num_processes()
     # Not forked from this process: threads of its libraries (Ray, Arrow, OpenCV) do not survive that, their locks do.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))

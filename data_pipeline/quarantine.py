@@ -3,16 +3,19 @@
     {"rank": 0, "split": "train", "index": 7, "key": "n01440764_7", "shard": "train-000000.tar", "reason": "..."}
 
 A line of `quarantine.jsonl` for each bad sample that a rank meets, once; several ranks may name the same one in
-different epochs. Lines are appended under a lock, also on a file system that nodes share.
+different epochs. Lines are appended under a lock, also on a file system that nodes share. Where that has no locks, each
+process writes a file of its own, `quarantine_NAME.jsonl`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import secrets
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster.locks import lock
 from data_pipeline.errors import DataError
 
 FILE = "quarantine.jsonl"
@@ -37,6 +40,7 @@ class Quarantine:
         self.path = Path(folder) / FILE if folder else None
         self.split, self.rank = split, rank
         self.num_read = 0
+        self._is_shared = True  # with other processes, through a lock
         self.bad: dict[int, BadSample] = {}  # by dataset index, each once
 
     def read(self, count: int) -> None:
@@ -69,7 +73,11 @@ class Quarantine:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                if self._is_shared and not lock(file.fileno(), fcntl.LOCK_EX, self.path.parent):
+                    self._is_shared = False
+                    self.path = self.path.with_stem(f"{self.path.stem}_{secrets.token_hex(8)}")
+                    self._write(sample)
+                    return
                 file.write(line)
                 file.flush()
         except OSError as error:

@@ -3,17 +3,15 @@
     shards -> survey: which samples serve, and what is left out, counted
            -> training_loader: lists of samples without end, shuffled      once: each sample, in order
 
-The survey looks at annotations before any work starts, so that nothing is first met in the middle of a run. A picture
-that then does not decode is named in quarantine.jsonl; in training the next sample of the data set takes its place, in
-evaluation it is left out.
+The survey (`surveys.py`) looks at annotations before any work starts, so that nothing is first met in the middle of a
+run. A picture that then does not decode is named in quarantine.jsonl; in training the next sample of the data set
+takes its place, in evaluation it is left out.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -26,74 +24,15 @@ from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError, SampleError
 from data_pipeline.loader import MOST_IN_A_ROW, one_thread
-from data_pipeline.manifest import Manifest, Shard, Split
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
-from data_pipeline.parallel import ordered_map
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
+from data_pipeline.shared_memory import fault_of_processes, move_to_shared_memory
 
-IN_ONE_PROCESS = 500  # samples that are surveyed faster than processes start
 MIN_SIDE = 16  # pixels; no stream is made of a smaller image
 
 S = TypeVar("S")
-Inspection = Callable[[dict[str, Any]], tuple[int, Counter[str]]]
-
-
-class UnusableError(SampleError):
-    """A sample that says nothing a task could use; its message is the reason, the same for all samples of a kind."""
-
-
-class Survey(NamedTuple):
-    """What a split holds for a task."""
-
-    usable: np.ndarray  # int64 dataset indexes of the samples that serve, ascending
-    found: int  # objects, or whatever was counted
-    left_out: dict[str, int]  # reason -> count
-
-
-def survey(root: str | Path, split: str, inspect: Inspection, cache: ShardCache | None = None) -> Survey:
-    """Look at every sample of a split.
-
-    Args:
-        inspect: gets a raw sample and returns how much it holds and what of it is left out, reason -> count; raises
-            UnusableError for a sample that does not serve, DataError for one that ends the survey. It travels to
-            other processes.
-
-    Raises:
-        DataError: no such split, a damaged shard, or a sample that cannot be read.
-    """
-    chosen = Manifest.load(root).split(split)
-    look = partial(_survey_shard, root=root, inspect=inspect, cache=cache)
-    parts = map(look, chosen.shards)
-    if chosen.num_samples > IN_ONE_PROCESS and len(chosen.shards) > 1:
-        parts = ordered_map(look, chosen.shards, chunk=1, preload=[__name__])  # type: ignore[assignment]
-    usable, found, left_out, start = [], 0, Counter[str](), 0
-    for shard, (numbers, count, reasons) in zip(chosen.shards, parts, strict=True):
-        usable += [start + number for number in numbers]
-        start += shard.samples
-        found += count
-        left_out += reasons
-    return Survey(np.array(usable, dtype=np.int64), found, dict(left_out))
-
-
-def _survey_shard(
-    shard: Shard, root: str | Path, inspect: Inspection, cache: ShardCache | None
-) -> tuple[list[int], int, Counter[str]]:
-    reader = ShardReader(root, Split((shard,)), cache)
-    usable, found, left_out = [], 0, Counter[str]()
-    for number in range(shard.samples):
-        sample = reader.read(number)
-        try:
-            count, reasons = inspect(sample)
-        except UnusableError as error:
-            left_out[str(error)] += 1
-        except DataError as error:
-            raise DataError(f"{root}/{shard.name}: sample {sample['__key__']}: {error}") from error
-        else:
-            usable.append(number)
-            found += count
-            left_out += reasons
-    return usable, found, left_out
 
 
 def picture_of(sample: dict[str, Any]) -> np.ndarray:
@@ -207,7 +146,7 @@ class SampleLoader(DataLoader[list[S]]):
         super().__init__(
             dataset,  # type: ignore[arg-type]  # `__getitems__` makes whole batches
             batch_sampler=batches,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
+            collate_fn=_handed_over,  # type: ignore[arg-type]
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=one_thread,
@@ -228,6 +167,10 @@ class SampleLoader(DataLoader[list[S]]):
             return
         except DataError as error:
             failure = error
+        except (RuntimeError, OSError) as error:
+            if (told := fault_of_processes(error)) is None:
+                raise
+            failure = told
         # Let go of the workers first: the error's traceback would keep them until it is collected.
         self._iterator = None
         raise failure
@@ -285,5 +228,9 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def _as_it_is(delivery: Delivery) -> Delivery:
+def _handed_over(delivery: Delivery) -> Delivery:
+    try:
+        move_to_shared_memory(delivery.samples)
+    except DataError as error:
+        return delivery._replace(samples=[], error=error)
     return delivery

@@ -57,7 +57,7 @@ def write_scenes(
     """Write `train` + `val` scenes of size x size pixels as a data set in the new folder `out`.
 
     Args:
-        num_processes: for drawing; None is one a core. The bytes do not depend on it.
+        num_processes: for drawing; None is one a core, as far as memory has room. The bytes do not depend on it.
         progress: called after each scene.
 
     Raises:

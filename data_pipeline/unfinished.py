@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -24,12 +25,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from cluster.locks import UNKNOWN
 from data_pipeline.errors import DataError
 from data_pipeline.files import open_file
 from data_pipeline.manifest import Shard
 from data_pipeline.parallel import ordered_map
 from data_pipeline.shards import refuse_existing
 from data_pipeline.sources import Rejected
+
+logger = logging.getLogger(__name__)
 
 PLAN, STEPS, LOCK, DATASET = "plan.json", "steps.jsonl", "lock", "dataset"
 # What a build's processes share, whether they first look at an earlier build's shards or read images at once.
@@ -120,6 +124,14 @@ class UnfinishedBuild:
             raise DataError(
                 f"{self.out}: is being built by another process; wait for it, or name another folder"
             ) from error
+        except OSError as error:
+            if error.errno not in UNKNOWN:
+                raise
+            logger.warning(
+                "%s: its file system has no locks (%s); see that no other process builds the same",
+                self.out,
+                error.strerror,
+            )
 
     def _release(self) -> None:
         if self._lock is not None:

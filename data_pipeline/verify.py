@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cluster import machine
 from data_pipeline.addresses import is_remote, join, local_folder
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_image
@@ -46,7 +46,7 @@ def faults(
     manifest = Manifest.load(root)
     counts = len(manifest.classes), len(manifest.mask_names)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    num_processes = num_processes or os.cpu_count() or 1
+    num_processes = num_processes or machine.num_processes()
     with tempfile.TemporaryDirectory(prefix="dicm-verify-") as folder:
         room = 2 * num_processes * max((shard.bytes for shard in shards), default=1)
         jobs = [(root, shard, *counts, ShardCache(folder, room)) for shard in shards]

@@ -165,7 +165,7 @@ def need_splits(config: FinetuneConfig, num_samples: dict[str, int], remedy: str
 
 def need_batches(config: FinetuneConfig, num_samples: int) -> None:
     """See that a batch fits between the workers and the training samples (TaskError)."""
-    workers = int(os.environ["WORLD_SIZE"]) if under_torchrun() else config.workers
+    workers = int(os.environ["WORLD_SIZE"]) if config.launcher == "local" and under_torchrun() else config.workers
     least = workers * config.least_images
     if not least <= config.batch_size <= num_samples:
         raise TaskError(

@@ -328,7 +328,7 @@ def create_tuner(config: FinetuneConfig) -> Finetuner:
     task = task_class(config.task)
     manifest = Manifest.load(config.data)
     task.fill_in(config, task.load_codec(config), manifest)
-    return Finetuner(launcher.LocalRuntime(), config, task.check_data(config, manifest))
+    return Finetuner(launcher.alone(), config, task.check_data(config, manifest))
 
 
 def open_run(folder: Path) -> Finetuner:
@@ -348,6 +348,6 @@ def open_run(folder: Path) -> Finetuner:
             f"{folder}: the run is not complete (step {done} of {total}); "
             f"`dicm finetune {config.task} ... run={folder}` goes on with it"
         )
-    tuner = Finetuner(launcher.LocalRuntime(), config, found)
+    tuner = Finetuner(launcher.alone(), config, found)
     tuner.enter(tuner.stages[-1])
     return tuner

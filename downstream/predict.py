@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from cluster.checkpoint import open_checkpoints
-from cluster.runtime import LocalRuntime
+from cluster.runtime import alone
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.files import read_file
@@ -107,11 +107,9 @@ def load_task(name: str, run: Path, codec: str | None = None) -> Task[Any, Any]:
     step = store.newest()
     if step is None or not (run / RESULTS).is_file():
         raise TaskError(f"{run}: the run is not complete; finish it with `dicm finetune {config.task} ... run={run}`")
-    runtime = LocalRuntime()
-    runtime.close()  # nothing is waited for here: SIGTERM is to end the command
     loaded = kind.load_codec(config, codec)
     check_inputs(run, encoder_of(config, loaded))
-    task = kind(config, loaded, runtime)
+    task = kind(config, loaded, alone())
     task.enter(list(config.stages(0))[-1])
     task.model.load_state_dict(store.load(step)["model"])
     task.model.eval()

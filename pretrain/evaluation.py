@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cluster.files import write_whole
@@ -25,6 +26,7 @@ from pretrain.config import PretrainConfig, StageConfig
 from pretrain.ssl.evaluation import knn_accuracy
 
 EVALUATION_BATCH = 128
+NUM_STREAMS = 256  # of which the rate of a run is the mean; a quarter for each of several rates
 
 
 def pooled_features(codec: FeatureCodec, images: Tensor, depth: str) -> Tensor:
@@ -95,15 +97,20 @@ def measure_knn(
 
 
 def measure_streams(
-    config: PretrainConfig, codec: FeatureCodec, split: str, limit: int = 256, rate: float | None = None
+    runtime: Runtime, config: PretrainConfig, codec: FeatureCodec, split: str, limit: int, rate: float | None = None
 ) -> dict[str, float]:
-    """Mean size of real streams over the first `limit` images of `split`, in bits per pixel and bytes."""
+    """Mean size of real streams over `limit` images of `split`, in bits per pixel and bytes.
+
+    A collective: every rank codes its share of the images.
+    """
     codec.eval()
     loader = eval_loader(
         config.data,
         split,
         canvas_size=config.canvas_size,
         batch_size=32,
+        rank=runtime.rank,
+        world=runtime.world,
         limit=limit,
         cache=ShardCache.of_size(config.shard_cache, config.shard_cache_limit),
         quarantine=config.run,
@@ -111,27 +118,34 @@ def measure_streams(
     streams: list[bytes] = []
     for batch in loader:
         streams += codec.encode_batch(center_images(batch.canvas, batch.aspect, config.image_size), rate)
-    num_bytes = sum(map(len, streams)) / len(streams)
+    share = runtime.mean({"bytes": float(sum(map(len, streams))), "images": float(len(streams))})
+    num_bytes = share["bytes"] / share["images"]
     return {
         "bpp": num_bytes * 8 / config.image_size**2,
         "bytes": num_bytes,
-        "images": len(streams),
+        "images": round(share["images"] * runtime.world),
         "image_size": config.image_size,
     }
 
 
 def write_summary(runtime: Runtime, config: PretrainConfig, codec: FeatureCodec, progress: dict[str, Any]) -> None:
-    """Write RUN/summary.json on rank 0: progress, and the real rate where a compression network was trained."""
+    """Write RUN/summary.json: progress, and the real rate where a compression network was trained. A collective."""
+    summary: dict[str, Any] = {"progress": progress}
+    if any("compression" in stage.trains for stage in config.stages):
+        splits = Manifest.load(config.data).splits
+        split = "val" if "val" in splits else config.split
+        codec = codec.to("cpu")
+        if runtime.world > 1:  # the last step has left each rank statistics of its own; the checkpoint has rank 0's
+            for name, buffer in codec.named_buffers():
+                if "running_" in name:
+                    dist.broadcast(buffer, src=0)
+        summary["streams"] = {"split": split, **measure_streams(runtime, config, codec, split, NUM_STREAMS)}
+        if config.codec.rate_points > 1:
+            rates = [step / 4 for step in range(5)]
+            summary["streams"]["bpp_at_rate"] = {
+                f"{rate:g}": measure_streams(runtime, config, codec, split, NUM_STREAMS // 4, rate)["bpp"]
+                for rate in rates
+            }
     if runtime.rank == 0:
-        summary: dict[str, Any] = {"progress": progress}
-        if any("compression" in stage.trains for stage in config.stages):
-            splits = Manifest.load(config.data).splits
-            split = "val" if "val" in splits else config.split
-            codec = codec.to("cpu")
-            summary["streams"] = {"split": split, **measure_streams(config, codec, split)}
-            if config.codec.rate_points > 1:
-                rates = [step / 4 for step in range(5)]
-                bpp = {f"{rate:g}": measure_streams(config, codec, split, 64, rate)["bpp"] for rate in rates}
-                summary["streams"]["bpp_at_rate"] = bpp
         write_whole(Path(config.run) / "summary.json", json.dumps(summary, indent=2) + "\n")
     runtime.barrier()

@@ -44,13 +44,16 @@ def rectangles(count: int, first: int = 0) -> list[tuple[np.ndarray, dict[str, A
 
 
 def write_objects(
-    root: Path, splits: dict[str, Sequence[tuple[np.ndarray, dict[str, Any]]]], classes: Sequence[str] = NAMES
+    root: Path,
+    splits: dict[str, Sequence[tuple[np.ndarray, dict[str, Any]]]],
+    classes: Sequence[str] = NAMES,
+    max_samples: int = 1000,
 ) -> Path:
     """A data set of images (H, W, 3) and what is to stand in their JSON, whether it makes sense or not."""
     root.mkdir(parents=True)
     written = {}
     for split, samples in splits.items():
-        with ShardWriter(root, split) as writer:
+        with ShardWriter(root, split, max_samples=max_samples) as writer:
             for number, (pixels, facts) in enumerate(samples):
                 file = io.BytesIO()
                 Image.fromarray(pixels).save(file, "PNG")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Container
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, features
 
+from cluster.machine import num_cpus
 from downstream.compressai_latents import create_latents
 from downstream.compressai_models import MODELS, load_model, most_quality
 from downstream.errors import TaskError
@@ -238,7 +238,7 @@ def through(anchor: Anchor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray,
         return anchor.decode(data), len(data), anchor.payload_bytes(data, height, width)
 
     # AVIF takes 20 ms for an image of 64 px, outside of Python's lock; x265 and models gain nothing from threads.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if isinstance(anchor, FormatAnchor) else 1) as pool:
+    with ThreadPoolExecutor(num_cpus() if isinstance(anchor, FormatAnchor) else 1) as pool:
         decoded, totals, payloads = zip(*pool.map(code, images), strict=True)
     return np.stack(decoded), np.array(totals), np.array(payloads)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cluster.machine import num_cpus
 from cluster.metrics import METRICS, read_rows
 from data_pipeline.loader import eval_loader
 from data_pipeline.views import center_images, normalize
@@ -151,7 +151,7 @@ def facts_section(timings: dict[str, float], commands: list[str]) -> Section:
         blocks.append(Code("\n".join(commands)))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cpus()
     blocks.append(Text(f"Python {platform.python_version()}, {versions}; {cores} CPU cores, {device}.", soft=True))
     return Section("How this was made", blocks)
 

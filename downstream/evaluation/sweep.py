@@ -21,7 +21,6 @@ import csv
 import io
 import json
 import multiprocessing
-import os
 import signal
 import statistics
 import threading
@@ -40,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.errors import is_ours
 from cluster.local_workers import end_with_parent, sigterm_held_back
+from cluster.machine import num_cpus
 from cluster.options import ClusterConfig
 from cluster.recipes import change_config, config_diff, load_saved, save_config
 from cluster.runtime import on_sigterm
@@ -176,7 +176,7 @@ def _measure(
         for point in waiting:
             collect_one(point, partial(measure_point, config, point, out))
     elif waiting:
-        threads = max(1, len(os.sched_getaffinity(0)) // config.parallel)
+        threads = max(1, num_cpus() // config.parallel)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once for all
         workers = min(config.parallel, len(waiting))

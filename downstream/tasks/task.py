@@ -31,7 +31,7 @@ from torch.optim.swa_utils import update_bn
 from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
 from data_pipeline.manifest import Manifest
-from data_pipeline.samples import Survey
+from data_pipeline.surveys import Survey
 from downstream.config import FinetuneConfig, need_batches, need_splits
 from downstream.errors import TaskError
 from downstream.evaluation.anchors import create_anchor

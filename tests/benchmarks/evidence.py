@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.files import write_whole
+from cluster.machine import num_cpus
 from downstream.errors import TaskError
 from downstream.evaluation.points import points_of, resolve
 from downstream.evaluation.rate_accuracy import Curve, curves_of, deltas, rate_at
@@ -68,7 +69,7 @@ def small(folder: Path) -> list[str]:
 def create_parser() -> argparse.ArgumentParser:
     """Its options."""
     # Small networks on CPUs: a process a core does nearly twice the work of one process on two cores.
-    parallel = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    parallel = 1 if torch.cuda.is_available() else num_cpus()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of data sets in their official layouts")
     parser.add_argument("--budget-minutes", type=float, required=True, help="after which no step runs on")
@@ -269,7 +270,7 @@ def lowest_rate_claim(name: str, ours: Curve, hevc: Curve) -> tuple[str, str, st
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_cpus())
     try:
         with smoke.ended_by_sigterm():
             main()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from scaling_counts import StageCounts
 
-from cluster.runtime import RANKS_A_STEP
 from data_pipeline.order import ElasticSampler, SampleOrder
 
 DAY, MIB, GIB = 86400.0, 2**20, 2**30
@@ -184,7 +183,7 @@ def model_step(counts: StageCounts, world: int, batch: int, inputs: Inputs, util
         "key shuffle": shuffled if counts.shuffled_bytes else 0.0,
         "buffers, keys": others,
     }
-    control = 2 * (world - 1) * inputs.control_hop / math.ceil(world / RANKS_A_STEP)
+    control = math.ceil(math.log2(world)) * inputs.control_hop  # a broadcast along a binomial tree
     return Step(
         {**parts, "stop flag": max(0.0, control - sum(parts.values()))},
         {

@@ -8,6 +8,7 @@ operators dispatched, when each gradient is ready, and the bytes that the stage'
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
@@ -315,4 +316,4 @@ def ask_to_stop(runtime: Runtime, result: Path) -> None:
     """A worker: writes the median time of a hop of the question that ranks put to each other after every step."""
     times = [clocked(lambda: runtime.should_stop, time.perf_counter) for _ in range(2000)]
     if runtime.rank == 0:
-        result.write_text(str(statistics.median(times) / (2 * (runtime.world - 1))))
+        result.write_text(str(statistics.median(times) / math.ceil(math.log2(runtime.world))))

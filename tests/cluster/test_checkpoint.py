@@ -345,6 +345,29 @@ def test_store__on_s3_as_in_a_folder(s3):
     ]
 
 
+def test_store__on_s3_removes_what_a_dead_writer_left_once_it_is_old(s3, monkeypatch: pytest.MonkeyPatch):
+    """A state without its manifest, and the parts of one whose upload was not completed."""
+
+    def uploads() -> list[str]:
+        return [upload["Key"] for upload in s3.call_s3("list_multipart_uploads", Bucket="bucket")["Uploads"]]
+
+    dead, other = "checkpoints/step_00000001/state.pt", "others/step_00000001/state.pt"
+    s3.pipe_file(f"bucket/{dead}", b"of a dead writer")
+    s3.pipe_file("bucket/checkpoints/notes/state.pt", b"of someone else")
+    for key in (dead, other):
+        s3.call_s3("create_multipart_upload", Bucket="bucket", Key=key)
+    assert uploads() == [dead, other]
+    store = CheckpointStore("s3://bucket/checkpoints")
+    store.save(2, {"model": torch.zeros(3)})
+    assert uploads() == [other]  # this server says of every upload that it was begun in 2010
+    assert s3.exists(f"bucket/{dead}")  # young: its writer may be alive
+    monkeypatch.setattr("cluster.checkpoint_folders.LEFTOVER_SECONDS", -5.0)
+    store.save(3, {"model": torch.zeros(3)})
+    assert not s3.exists(f"bucket/{dead}")
+    assert s3.exists("bucket/checkpoints/notes/state.pt")
+    assert store.steps() == [2, 3] and store.newest() == 3
+
+
 def test_store__on_s3_names_what_is_damaged_and_takes_no_half(s3):
     url = "s3://bucket/checkpoints"
     store = CheckpointStore(url)

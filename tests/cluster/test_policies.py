@@ -7,7 +7,7 @@ import pytest
 import cluster.launch  # noqa: F401  # sets what Ray Train reads as it is imported
 from cluster.errors import Restart
 from cluster.exchange import Exchange
-from cluster.policies import START_TIMES, LiveNodesPolicy, RecoveryPolicy
+from cluster.policies import CHECKPOINT_WAITS, START_TIMES, Growth, LiveNodesPolicy, RecoveryPolicy, Size
 
 
 @pytest.fixture
@@ -56,3 +56,34 @@ def test_live_nodes__told_to_stop_starts_nothing_any_more(exchange: Exchange):
     with pytest.raises(Restart):
         policy.make_decision_for_non_running_worker_group()
     assert exchange.events() == []
+
+
+def restarts(growth: Growth, looks: list[tuple[float, int, int]], workers: int = 2) -> list[float]:
+    """When a group of so many workers, up since 0, is restarted; looks are (time, room for workers, checkpoint's step)."""
+    group, times = Size(workers, 0.0), []
+    for now, wanted, step in looks:
+        if growth.is_due(group, wanted, now, step):
+            times.append(now)
+            group = Size(wanted, now)
+    return times
+
+
+def test_growth__nodes_that_join_one_by_one_are_one_restart_at_a_checkpoint():
+    joining = [(100.0 + second, 3 + min(second // 20, 4), second // 50) for second in range(200)]
+    (moment,) = restarts(Growth(most=16, seconds=60), joining)
+    assert moment == 250.0  # the last node came at 180, its room had stood at 240, the next checkpoint is of 250
+
+
+def test_growth__room_for_all_needs_no_wait_for_more():
+    looks = [(100.0 + second, 4, int(second >= 5)) for second in range(20)]
+    assert restarts(Growth(most=4, seconds=60), looks) == [105.0]
+
+
+def test_growth__a_node_that_came_and_went_is_no_reason():
+    looks = [(100.0 + second, 3 if second < 50 else 2, second) for second in range(300)]
+    assert restarts(Growth(most=4, seconds=60), looks) == []
+
+
+def test_growth__does_not_wait_for_a_checkpoint_for_ever():
+    looks = [(100.0 + second, 4, -1) for second in range(700)]
+    assert restarts(Growth(most=4, seconds=60), looks) == [100.0 + CHECKPOINT_WAITS * 60]

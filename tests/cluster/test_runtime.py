@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,17 +21,21 @@ from worker_functions import (
     facts_of,
     fail_with_a_bug,
     fail_with_our_error,
+    sleep_on_one_rank,
     step_until_told,
     told_at_the_third_step,
     write_facts,
 )
 
 from cluster.errors import CheckpointError, RunError
-from cluster.runtime import LocalRuntime, on_sigterm, run
+from cluster.machine import num_cpus
+from cluster.options import ClusterConfig
+from cluster.runtime import LocalRuntime, alone, on_sigterm, run
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}"}
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as /proc/net/tcp and tcp6 write it
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 HIDE_RAY = """
 import sys
 class Hidden:
@@ -54,7 +59,7 @@ def check_facts(facts: list[dict]) -> None:
         assert fact["broadcast"] == {"step": 7, "from": 0}
         assert fact["should_stop"] is False
         if not torch.cuda.is_available():
-            assert fact["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+            assert fact["threads"] == max(1, num_cpus() // 2)
 
 
 def test_run__one_worker_in_this_process(tmp_path: Path):
@@ -232,6 +237,52 @@ def test_check_clocks__a_node_minutes_behind_is_named(tmp_path: Path):
     assert "\n" not in said
 
 
-def test_should_stop__many_ranks_ask_seldom_and_hear_at_the_same_step(tmp_path: Path):
-    run(told_at_the_third_step, Options(str(tmp_path)), workers=2, launcher="local", run_dir=str(tmp_path))
-    assert {(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)} == {"6"}  # asked at 4, heard at 6
+@pytest.mark.parametrize(("told", "steps"), [(0, {"4"}), (1, {"4", "5"})])
+def test_should_stop__all_ranks_hear_within_two_steps_whichever_was_told(tmp_path: Path, told: int, steps: set[str]):
+    local(told_at_the_third_step, Options(str(tmp_path), rank=told))
+    heard = {(tmp_path / f"stopped_{rank}").read_text() for rank in range(2)}
+    assert len(heard) == 1 and heard <= steps
+
+
+def test_run__a_worker_that_hangs_ends_the_run_after_the_time_that_was_set(tmp_path: Path):
+    options = ClusterConfig(timeout_seconds=3)
+    with pytest.raises(
+        RunError, match=r"a worker waited 3 s in vain for another one.*cluster\.timeout_seconds"
+    ) as error:
+        run(
+            sleep_on_one_rank, Options(str(tmp_path)), workers=2, launcher="local", run_dir=str(tmp_path),
+            cluster=options,
+        )  # fmt: skip
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set without RANK, MASTER_ADDR, MASTER_PORT; start"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"},
+            "RANK=0, WORLD_SIZE=2 is set without MASTER_ADDR; start",
+        ),
+        ({"RANK": "0"}, "RANK=0 is set without WORLD_SIZE, MASTER_ADDR, MASTER_PORT; start"),
+        (TORCHRUN | {"RANK": "2"}, "RANK=2 is invalid with WORLD_SIZE=2; it must lie in 0..1"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is invalid"),
+        (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 is invalid"),
+    ],
+)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_run__half_of_torchruns_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str, workers: int
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=re.escape(words)) as error:
+        local(write_facts, Options(str(tmp_path)), workers=workers)
+    assert "\n" not in str(error.value)
+
+
+def test_alone__looks_at_none_of_torchruns_variables(monkeypatch: pytest.MonkeyPatch):
+    """What predicts or evaluates has no group to join."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    runtime = alone()
+    assert (runtime.rank, runtime.world) == (0, 1) and not runtime.should_stop

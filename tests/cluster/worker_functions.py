@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import cluster.runtime
 from cluster.clocks import check_clocks
 from cluster.errors import CheckpointError
 from cluster.runtime import Notice, Runtime
@@ -133,9 +132,15 @@ def die_once(runtime: Runtime, options: Options) -> None:
     Path(options.folder, f"ended_{runtime.rank}").write_text(json.dumps([runtime.world, event]))
 
 
+def sleep_on_one_rank(runtime: Runtime, options: Options) -> None:
+    """One rank hangs, as in a read from a store that does not answer; the others wait for it."""
+    if runtime.rank == options.rank:
+        time.sleep(60)
+    runtime.barrier()
+
+
 def told_at_the_third_step(runtime: Runtime, options: Options) -> None:
-    """One rank of many is told to stop; says at which step it, and each other, heard of it."""
-    cluster.runtime.RANKS_A_STEP = 1  # two are many
+    """One rank is told to stop; says at which step it, and each other, heard of it."""
     step = 1
     if runtime.rank == options.rank:
         runtime._look_for_notice = lambda: Notice.STOP if step >= 3 else Notice.NONE  # type: ignore[method-assign]

@@ -19,8 +19,9 @@ from data_pipeline.objects import (
     shrink,
     survey_objects,
 )
-from data_pipeline.samples import UnusableError, once, training_loader
+from data_pipeline.samples import once, training_loader
 from data_pipeline.sources.annotations import encode_mask
+from data_pipeline.surveys import UnusableError
 
 WIDTH, HEIGHT = 40, 30
 WHOLE = encode_mask(np.ones((HEIGHT, WIDTH), np.uint8))

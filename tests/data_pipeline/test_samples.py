@@ -1,11 +1,9 @@
-"""Samples that turn out to be unusable while a run reads, and shards that are surveyed in several processes."""
+"""Samples that turn out to be unusable while a run reads."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, Split
 from data_pipeline.objects import ObjectDataset, survey_objects
 from data_pipeline.quarantine import FILE
-from data_pipeline.samples import UnusableError, once, survey, training_loader
+from data_pipeline.samples import once, training_loader
 from data_pipeline.shards import ShardWriter
 
 
@@ -66,21 +64,6 @@ def test_training_loader__too_many_in_a_row_end_the_run_in_one_line(tmp_path: Pa
     with pytest.raises(DataError, match="10 samples in a row cannot be used, the last") as error:
         next(iter(training_loader(dataset, batch_size=2, num_workers=1)))
     assert "\n" not in str(error.value)
-
-
-def inspect_odd(sample: dict[str, Any]) -> tuple[int, Counter[str]]:
-    if int(sample["__key__"][-1]) % 2:
-        return 1, Counter({"odd": 1})
-    raise UnusableError("even")
-
-
-def test_survey__in_processes_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = write_with_broken(tmp_path, set())
-    alone = survey(root, "train", inspect_odd)
-    monkeypatch.setattr(samples, "IN_ONE_PROCESS", 0)
-    several = survey(root, "train", inspect_odd)
-    assert alone.usable.tolist() == several.usable.tolist() == [1, 3, 5, 7]
-    assert alone.left_out == several.left_out == {"even": 4, "odd": 4} and alone.found == several.found == 4
 
 
 def test_survey__of_a_url_goes_through_the_cache(tmp_path: Path):

@@ -51,8 +51,9 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_predict__images_and_their_streams_say_the_same(
-    detected: Path, codec_folder: Path, photos: Path, tmp_path: Path
+    detected: Path, codec_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of a launcher, which is none of its business
     assert dicm("encode", photos, "-o", tmp_path / "streams", "--codec", codec_folder).returncode == 0
     for source, out in ((photos, "a"), (tmp_path / "streams", "b")):
         result = dicm("predict", "detection", detected, source, "-o", tmp_path / out, "--score", "0")

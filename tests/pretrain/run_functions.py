@@ -12,6 +12,8 @@ import torch
 
 from cluster.runtime import Runtime
 from pretrain.config import PretrainConfig
+from pretrain.evaluation import write_summary
+from pretrain.initialize import create_codec
 from pretrain.run import run
 from pretrain.trainer import pretrain
 
@@ -41,6 +43,26 @@ def dicm_with_small_files(largest: int, words: Sequence[str], said: Path) -> Non
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     sys.argv = ["dicm", *words]
     dicm.main()
+
+
+def summarize(runtime: Runtime, config: PretrainConfig) -> None:
+    """`write_summary` of a codec that was not trained; the number of images that each rank coded, to RUN/RANK.txt."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    codec, coded = create_codec(config).eval(), []
+    encode_batch = codec.encode_batch
+
+    def counted(images: torch.Tensor, rate: float | None = None) -> list[bytes]:
+        coded.append(len(images))
+        return encode_batch(images, rate)
+
+    codec.encode_batch = counted  # type: ignore[assignment, method-assign]
+    with torch.no_grad():  # as if the last step had left other statistics on other ranks
+        for name, buffer in codec.named_buffers():
+            if "running_mean" in name:
+                buffer += 0.1 * runtime.rank
+    write_summary(runtime, config, codec, {"step": 7})
+    Path(config.run, f"{runtime.rank}.txt").write_text(str(sum(coded)))
 
 
 def pretrain_each(runtime: Runtime, configs: Sequence[PretrainConfig]) -> None:

@@ -86,6 +86,7 @@ def test_num_micro_batches__a_worker_holds_no_more_than_it_may():
         ("cluster.accelerator=tpu", ["cluster.accelerator=tpu", "auto, cpu, gpu"]),
         ("cluster.placement=near", ["cluster.placement=near", "pack, spread"]),
         ("cluster.max_failures=-1", ["cluster.max_failures=-1", "at least 0"]),
+        ("cluster.timeout_seconds=0", ["cluster.timeout_seconds=0", "at least 1"]),
         ("cluster.cpus_per_worker=0", ["cluster.cpus_per_worker=0", "at least 1"]),
         ("cluster.resize_seconds=-2", ["cluster.resize_seconds=-2", "at least 0"]),
         ("micro_batch=1", ["micro_batch=1", "at least 2"]),
