@@ -17,6 +17,7 @@ import torch.distributed as dist
 import cluster.runtime
 from cluster.clocks import check_clocks
 from cluster.errors import CheckpointError
+from cluster.finite import FiniteCheck
 from cluster.runtime import Notice, Runtime
 
 
@@ -136,3 +137,13 @@ def die_once_write_facts_and_step(runtime: Runtime, options: Options) -> None:
     die_once(runtime, options)
     write_facts(runtime, options)
     step_until_told(runtime, options)
+
+
+def bad_step_of_one_rank(runtime: Runtime, options: Options) -> None:
+    """One rank's fifth step is not finite; what each rank hears of it."""
+    check, good = FiniteCheck(runtime), torch.ones((), device=runtime.device)
+    before = check.first_bad()
+    check.note(5, good / 0 if runtime.rank == options.rank else good, good)
+    # What is saved is rank 0's.
+    answers = {"before": before, "first": check.first_bad(), "finite": check.is_finite(float(runtime.rank) or 1.0)}
+    Path(options.folder, f"{runtime.rank}.json").write_text(json.dumps(answers))
