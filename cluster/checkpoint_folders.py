@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from cluster.files import write_whole
+from cluster.files import beside, write_whole
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 NAME = re.compile(r"step_(\d{8,})")
@@ -79,7 +79,7 @@ class LocalFolder:
     def write(self, step: int, write_state: Writer, manifest_of: Callable[[int, str], bytes]) -> None:
         """Beside, synced, then renamed."""
         final = self.path(step)
-        temporary = self.folder / f".{final.name}.{os.getpid()}"
+        temporary = beside(final)
         self._remove_leftovers()
         try:
             temporary.mkdir(parents=True)
@@ -90,7 +90,7 @@ class LocalFolder:
             _sync_folder(temporary)
             if final.exists():
                 # Out of the way by a rename, which is short: only between the two is the step absent.
-                os.replace(final, self.folder / f".{final.name}.replaced")
+                os.replace(final, beside(final))
             os.replace(temporary, final)
             _sync_folder(self.folder)
         except BaseException:

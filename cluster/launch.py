@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -346,7 +347,7 @@ def _no_cluster(address: str, error: Exception) -> RunError:
 @contextmanager
 def _exchange_folder(run: Path) -> Iterator[Exchange]:
     """A fresh folder RUN/ray/NAME that workers share with the driver, removed at the end."""
-    folder = run / "ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = run / "ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True)
     except OSError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import append_line
 
 FILE = "quarantine.jsonl"
 MOST_SHARE = 0.001  # of the samples read so far
@@ -65,12 +66,11 @@ class Quarantine:
     def _write(self, sample: BadSample) -> None:
         if self.path is None:
             return
-        line = json.dumps({"rank": self.rank, "split": self.split, **sample._asdict()}) + "\n"
+        line = json.dumps({"rank": self.rank, "split": self.split, **sample._asdict()})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
+            with self.path.open("a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(line)
-                file.flush()
+                append_line(file, line)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror}); make its folder writable") from error

@@ -30,7 +30,7 @@ import numpy as np
 from data_pipeline.addresses import is_remote, join
 from data_pipeline.cache import CachedShard, ShardCache
 from data_pipeline.errors import DataError
-from data_pipeline.files import Replacing
+from data_pipeline.files import Replacing, beside
 from data_pipeline.manifest import MANIFEST, Shard, Split
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -52,7 +52,7 @@ def new_dataset(out: Path) -> Iterator[Path]:
         DataError: `out` holds something already, or cannot be written.
     """
     target = Path(os.path.abspath(out))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = beside(target)
     try:
         refuse_existing(out)
         temporary.mkdir(parents=True)
@@ -117,11 +117,11 @@ class ShardWriter:
         if self._file is None:
             return
         self._tar.close()
-        with self._file as file:
-            path = file.path
-        with path.open("rb") as written:
+        # Read before it has its name, under which another writer may put a file of its own.
+        with self._file as file, file.temporary.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        self.shards.append(Shard(path.name, digest, path.stat().st_size, len(self._offsets), tuple(self._offsets)))
+            size = os.fstat(written.fileno()).st_size
+        self.shards.append(Shard(file.path.name, digest, size, len(self._offsets), tuple(self._offsets)))
         self._file, self._offsets = None, []
 
     def __enter__(self) -> Self:
