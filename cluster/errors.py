@@ -7,6 +7,7 @@ import pickle
 import re
 
 OUR_PACKAGES = frozenset({"cluster", "data_pipeline", "pretrain", "downstream"})
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a storage that others share says while a server restarts, a mount is replaced or the network is down.
 PASSING = frozenset({
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET,
@@ -49,6 +50,15 @@ class PeerLost(RuntimeError):  # noqa: N818  # not this worker's own error
 def is_passing(error: OSError) -> bool:
     """Whether a storage may do later what it did not do now, as a full disk or a missing file would not."""
     return error.errno in PASSING or isinstance(error, TimeoutError)
+
+
+def remedy_of(error: BaseException) -> str:
+    """What to do about a storage that did not take what was written to it."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return "free some space"
+    if isinstance(error, OSError) and is_passing(error):
+        return "see that its storage answers"
+    return "see that it can be written to"
 
 
 def is_ours(error: BaseException) -> bool:

@@ -53,7 +53,7 @@ from ray.train.torch import TorchConfig, TorchTrainer  # noqa: E402
 from cluster.clocks import check_clocks  # noqa: E402
 from cluster.errors import PeerLost, Restart, RunError, first_line, is_ours, last_line, portable  # noqa: E402
 from cluster.exchange import Exchange, MessageHandler, MessageReader  # noqa: E402
-from cluster.failures import cause_of, is_peer_lost  # noqa: E402
+from cluster.failures import cause_of, is_peer_lost, passing  # noqa: E402
 from cluster.options import ClusterConfig  # noqa: E402
 from cluster.policies import Group, LiveNodesPolicy, RecoveryPolicy  # noqa: E402
 from cluster.ray_runtime import RayRuntime  # noqa: E402
@@ -183,6 +183,8 @@ def _worker(options: dict[str, Any]) -> None:
         resume_collection()
         function(runtime, config)
     except Exception as error:
+        if (fault := passing(error)) is not None:
+            raise portable(fault) from None
         if is_ours(error):
             raise portable(error) from None
         if is_peer_lost(error):

@@ -1,12 +1,17 @@
-"""Workers of plain torch on this machine: one process each, watched until the last has ended.
+"""Workers of plain torch on this machine: one process each, watched until the last has ended; one alone is this one.
 
 `torch.multiprocessing.spawn` tells which process ended first, not why the group failed: after a SIGKILL the others
 fail too, with a lost connection, and may be the ones that it names. Here every worker says how it ended, and the
 cause is told: an error written for the user, then a worker that was killed, then the earliest exception.
+
+A worker that is killed, or meets a fault that may pass, is a lost worker, as on Ray: all are started again, and go on
+from the newest checkpoint, until `max_failures` of them in a row were lost with no new checkpoint in between.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import multiprocessing.connection
 import os
 import signal
@@ -24,12 +29,17 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import torch.multiprocessing
 
-from cluster.errors import RunError, is_ours, portable
-from cluster.runtime import LocalRuntime, Runtime, on_sigterm
+from cluster.errors import PassingError, first_line, is_ours, portable
+from cluster.failures import is_transient, passing
+from cluster.runtime import Interruption, LocalRuntime, Runtime, on_sigterm
 
 C = TypeVar("C")
 GRACE_SECONDS = 5.0  # for the others to say how they ended, once one has failed
+RESTART_SECONDS = (1.0, 5.0, 20.0)  # before workers start again; the last also before each further start
 TRACEBACK_CHARACTERS = 30_000  # fits into a pipe that no one reads before the worker has ended
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,8 +52,75 @@ class Failure:
     traceback: str = ""
 
 
-def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int) -> None:
+@dataclass
+class Start:
+    """What a group of workers is started with.
+
+    Attributes:
+        newest: step of the newest checkpoint since the first start, -1 before there is one; of all processes.
+        interruption: why the group before ended, where there was one.
+    """
+
+    newest: Any = field(default_factory=lambda: torch.multiprocessing.get_context("spawn").Value("q", -1))
+    interruption: Interruption | None = None
+
+    def runtime(self) -> LocalRuntime:
+        """The runtime of a worker of the group."""
+        return LocalRuntime(self.interruption, self._note)
+
+    def _note(self, step: int) -> None:
+        self.newest.value = step
+
+
+def run_patiently(function: Callable[[Runtime, C], None], config: C, workers: int, max_failures: int) -> None:
+    """Run `function` on `workers` workers, and again where one was lost; see `cluster.runtime.run`.
+
+    Args:
+        max_failures: lost workers in a row, with no new checkpoint in between, after which the run ends.
+    """
+    start, told = Start(), threading.Event()
+    steps: list[int] = []  # of the newest checkpoint, by lost worker
+    with on_sigterm(told.set):
+        while True:
+            try:
+                if workers == 1:
+                    run_worker(function, config, start)
+                else:
+                    run_workers(function, config, workers, start)
+                return
+            except Exception as error:
+                if not (is_ours(error) and is_transient(error)):
+                    raise
+                steps.append(start.newest.value)
+                times = len(list(itertools.takewhile(lambda step: step == steps[-1], reversed(steps))))
+                if times > max_failures or told.is_set():
+                    if times == 1:
+                        raise
+                    raise PassingError(f"{error} ({times} times in a row without a new checkpoint)") from error
+                reason = first_line(error)
+            logger.warning("a worker was lost (%s); going on from the newest checkpoint", reason)
+            start.interruption = Interruption("recovered", reason, time.time())
+            if told.wait(RESTART_SECONDS[min(times, len(RESTART_SECONDS)) - 1]):
+                return
+
+
+def run_worker(function: Callable[[Runtime, C], None], config: C, start: Start | None = None) -> None:
+    """Run `function` as the worker that the environment describes, in this process."""
+    runtime = (start or Start()).runtime()
+    try:
+        with on_sigterm(runtime.stop):
+            function(runtime, config)
+    except Exception as error:
+        if (fault := passing(error)) is None or fault is error:
+            raise
+        raise fault from error
+    finally:
+        runtime.close()
+
+
+def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int, start: Start | None = None) -> None:
     """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises."""
+    start = start or Start()
     context = torch.multiprocessing.get_context("spawn")
     # The store lives here and has its port from the system: no other process can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -60,7 +137,7 @@ def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int)
             with sigterm_held_back():
                 for rank in range(workers):
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (function, config, rank, workers, store.port, sender)
+                    arguments = (function, config, start, rank, workers, store.port, sender)
                     process = context.Process(target=_work_in_process, args=arguments, name=f"worker {rank}")
                     process.start()
                     sender.close()
@@ -134,7 +211,7 @@ def _raise_cause(codes: list[int | None], failures: list[Failure]) -> None:
     # An abort can be NCCL's answer to another rank's exception, which tells more.
     killed = {rank: code for rank, code in silent.items() if code != -signal.SIGABRT or not failures}
     for rank, code in killed.items():
-        raise RunError(
+        raise PassingError(
             f"worker {rank} of {len(codes)} {_how_it_died(code)}; run the same command again to go on from the newest "
             "checkpoint"
         )
@@ -149,7 +226,13 @@ def _how_it_died(code: int) -> str:
 
 
 def _work_in_process(
-    function: Callable[[Runtime, Any], None], config: Any, rank: int, workers: int, port: int, sender: Connection
+    function: Callable[[Runtime, Any], None],
+    config: Any,
+    start: Start,
+    rank: int,
+    workers: int,
+    port: int,
+    sender: Connection,
 ) -> None:
     """Body of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends us
@@ -164,15 +247,15 @@ def _work_in_process(
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store runs in the parent, as under torchrun
     }
     try:
-        runtime = LocalRuntime()
+        runtime = start.runtime()
         with on_sigterm(runtime.stop):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back until there was a handler
             function(runtime, config)
     except Exception as error:
         # Said before the connections close: what the other ranks then raise is later, and no cause.
         failure = Failure(rank, traceback=traceback.format_exc()[-TRACEBACK_CHARACTERS:])
-        if is_ours(error):
-            failure.error = portable(error)
+        if is_ours(fault := passing(error) or error):
+            failure.error = portable(fault)
         sender.send(failure)
         raise SystemExit(1) from None
     runtime.close()

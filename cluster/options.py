@@ -12,7 +12,7 @@ PLACEMENTS = ("pack", "spread")
 
 @dataclass
 class ClusterConfig:
-    """Options of Ray's workers, `cluster.*` in a recipe; plain torch (`launcher=local`) reads none of them."""
+    """Options of Ray's workers, `cluster.*` in a recipe; plain torch (`launcher=local`) reads `max_failures` alone."""
 
     min_workers: int | None = (
         None  # go on with as few when nodes are missing; none: wait until all workers have a place

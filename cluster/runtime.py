@@ -144,13 +144,21 @@ class Runtime:
 
 
 class LocalRuntime(Runtime):
-    """Plain torch: rank and world as torchrun (or `run`) put them into the environment, or a world of one."""
+    """Plain torch: rank and world as torchrun (or `run`) put them into the environment, or a world of one.
 
-    def __init__(self) -> None:
+    Args:
+        interruption: why the group before this one ended, where there was one.
+        on_checkpoint: called with the step of a checkpoint that is complete.
+    """
+
+    def __init__(
+        self, interruption: Interruption | None = None, on_checkpoint: Callable[[int], None] | None = None
+    ) -> None:
         world = int(os.environ.get("WORLD_SIZE", "1"))
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         super().__init__(int(os.environ.get("RANK", "0")), world, local_rank, device_of(local_rank))
+        self.interruption, self._on_checkpoint = interruption, on_checkpoint
         self._told = threading.Event()
         self._joined = world > 1 and not dist.is_initialized()
         if self.device.type == "cuda":
@@ -164,6 +172,11 @@ class LocalRuntime(Runtime):
         """Leave the process group."""
         if self._joined:
             dist.destroy_process_group()
+
+    def report_checkpoint(self, step: int) -> None:
+        """Tell the process that started this one, where it listens."""
+        if self._on_checkpoint is not None:
+            self._on_checkpoint(step)
 
     def stop(self) -> None:
         """Make `should_stop` true; what SIGTERM, the notice that a scheduler gives, does while `run` lasts."""
@@ -236,11 +249,12 @@ def run(
         launcher: "local" is plain torch: this process for one worker, spawned ones for several, or the processes
             that torchrun started, whose number then counts; "ray" is Ray Train.
         run_dir: folder of the run, on storage that all workers share.
-        cluster: how Ray spreads the workers, and what it does when one is lost.
+        cluster: how Ray spreads the workers, and how often workers may be lost; without it plain torch ends with the
+            first. torchrun counts for itself, `--max-restarts`.
 
     Raises:
-        RunError: a worker died, or none could be started. An error of our own packages comes back as it was raised
-            in the worker; any other arrives as a RuntimeError that holds the worker's traceback.
+        RunError: workers were lost too often, or none could be started. An error of our own packages comes back as it
+            was raised in the worker; of several workers, any other arrives as a RuntimeError with its traceback.
     """
     if workers < 1:
         raise RunError(f"workers={workers}: at least one worker has to do it")
@@ -251,24 +265,15 @@ def run(
         launch(function, config, workers=options.workers(workers), run_dir=run_dir, options=options)
     elif launcher != "local":
         raise RunError(f"launcher={launcher}: there are local, ray")
-    elif workers == 1 or under_torchrun():
-        _work(function, config)
     else:
-        from cluster.local_workers import run_workers
+        from cluster.local_workers import run_patiently, run_worker
 
-        run_workers(function, config, workers)
+        if under_torchrun():
+            run_worker(function, config)
+        else:
+            run_patiently(function, config, workers, max_failures=cluster.max_failures if cluster else 0)
 
 
 def under_torchrun() -> bool:
     """Whether something outside has already started the workers, this process being one of them."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def _work(function: WorkerFunction[C], config: C) -> None:
-    """Run `function` as the worker that the environment describes."""
-    runtime = LocalRuntime()
-    try:
-        with on_sigterm(runtime.stop):
-            function(runtime, config)
-    finally:
-        runtime.close()

@@ -29,7 +29,7 @@ import numpy as np
 
 from data_pipeline.addresses import is_remote, join
 from data_pipeline.cache import CachedShard, ShardCache
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, unusable
 from data_pipeline.files import Replacing, beside
 from data_pipeline.manifest import MANIFEST, Shard, Split
 
@@ -199,13 +199,27 @@ class ShardReader:
         if self._owner != os.getpid():
             # A forked process shares the positions and the locks of files that its parent has opened.
             self._open, self._verified, self._owner = OrderedDict(), set(), os.getpid()
-        if self.cache is None:
-            return os.pread(self._local_file(number).fileno(), num_bytes, start)
-        copy = self._held_copy(number, self.cache)
+        with self._disk_errors(number):
+            if self.cache is None:
+                return os.pread(self._local_file(number).fileno(), num_bytes, start)
+            copy = self._held_copy(number, self.cache)
+            try:
+                return os.pread(copy.fileno(), num_bytes, start)
+            finally:
+                copy.release()
+
+    @contextmanager
+    def _disk_errors(self, number: int) -> Iterator[None]:
+        """One line for what a disk says; the file that it said it of is opened anew, and verified again."""
         try:
-            return os.pread(copy.fileno(), num_bytes, start)
-        finally:
-            copy.release()
+            yield
+        except OSError as error:
+            self._verified.discard(number)
+            if (file := self._open.pop(number, None)) is not None:
+                with suppress(OSError):
+                    file.close()
+            path = join(self.root, self.split.shards[number].name)
+            raise unusable(error, f"{path}: cannot be read ({error.strerror}); fetch the shard again") from error
 
     def _held_copy(self, number: int, cache: ShardCache) -> CachedShard:
         copy = self._open.get(number)
@@ -224,18 +238,17 @@ class ShardReader:
             return self._open[number]
         shard = self.split.shards[number]
         path = Path(join(self.root, shard.name))
+        file = io.FileIO(path)
         try:
-            file = io.FileIO(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); fetch the shard again") from error
-        if number not in self._verified:
-            if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
-                file.close()
-                raise DataError(f"{path}: has {size} bytes instead of {shard.bytes}; fetch the shard again")
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                file.close()
-                raise DataError(f"{path}: damaged, its sha256 is not the one in {MANIFEST}; fetch the shard again")
-            self._verified.add(number)
+            if number not in self._verified:
+                if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+                    raise DataError(f"{path}: has {size} bytes instead of {shard.bytes}; fetch the shard again")
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise DataError(f"{path}: damaged, its sha256 is not the one in {MANIFEST}; fetch the shard again")
+                self._verified.add(number)
+        except BaseException:
+            file.close()
+            raise
         self._keep(number, file)
         return file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -147,3 +148,21 @@ def bad_step_of_one_rank(runtime: Runtime, options: Options) -> None:
     # What is saved is rank 0's.
     answers = {"before": before, "first": check.first_bad(), "finite": check.is_finite(float(runtime.rank) or 1.0)}
     Path(options.folder, f"{runtime.rank}.json").write_text(json.dumps(answers))
+
+
+def lose_a_worker(runtime: Runtime, options: Options) -> None:
+    """FOLDER/faults has what the starts to come suffer, a word each; each start is a line of FOLDER/starts."""
+    faults, starts = Path(options.folder, "faults"), Path(options.folder, "starts")
+    runtime.barrier()  # all have come up
+    if runtime.rank == options.rank:
+        fault, *others = faults.read_text().split() or ["none"]
+        with starts.open("a") as file:
+            file.write(f"{runtime.interruption.reason if runtime.interruption else 'first'}\n")
+        faults.write_text(" ".join(others))
+        if fault == "saved-stale":
+            runtime.report_checkpoint(len(others))
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault != "none":
+            raise OSError(errno.ESTALE, "Stale file handle", "/shared/train-000000.tar")
+    runtime.barrier()
