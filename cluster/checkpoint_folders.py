@@ -72,9 +72,12 @@ class LocalFolder:
         self.folder, self.name = folder, str(folder)
 
     def steps(self) -> list[int]:
-        """Steps that have a folder."""
-        paths = self.folder.iterdir() if self.folder.is_dir() else []
-        return sorted(int(match[1]) for path in paths if (match := NAME.fullmatch(path.name)))
+        """Steps that have a folder (OSError: the storage does not say, which is not to be taken for none)."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
     def write(self, step: int, write_state: Writer, manifest_of: Callable[[int, str], bytes]) -> None:
         """Beside, synced, then renamed."""

@@ -108,11 +108,16 @@ class MetricsLogger:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; what is torn or no row is left out."""
-    if not path.is_file():
+    """The rows of a metrics file, none where there is no file; what is torn or no row is left out.
+
+    Raises:
+        OSError: the storage does not say, which is not to be taken for none.
+    """
+    try:
+        with path.open(errors="replace") as file:
+            return [row for line in file if (row := _parse(line)) is not None]
+    except (FileNotFoundError, IsADirectoryError):
         return []
-    with path.open(errors="replace") as file:
-        return [row for line in file if (row := _parse(line)) is not None]
 
 
 class StepMeter:
