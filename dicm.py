@@ -1,8 +1,8 @@
 """The `dicm` console command: mounts the apps of the four packages and holds no logic of its own.
 
-Errors that our packages raise are written for the user: they become one line on stderr and exit code 2. Any
-other exception is a bug and keeps its traceback. Nothing heavy is imported here or at the top of a `cli` module,
-so `dicm --help` answers at once.
+Errors that our packages raise are written for the user: they become one line on stderr and exit code 2, as does
+storage that does not answer. Any other exception is a bug and keeps its traceback. Nothing heavy is imported here or
+at the top of a `cli` module, so `dicm --help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import typer
 from cluster.cli import app as cluster_app
 from cluster.cli import resolvers
 from cluster.errors import is_ours
+from cluster.failures import passing
 from cluster.machine import num_cpus
 from data_pipeline.cli import app as data_app
 from downstream.cli import app as downstream_app
@@ -53,9 +54,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not is_ours(error):
+        told = error if is_ours(error) else passing(error)
+        if told is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -15,7 +15,6 @@ One process writes to a folder (rank 0); any number may read.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import threading
@@ -29,9 +28,8 @@ import torch
 
 from cluster.checkpoint_faults import VERSION, Fault, find_fault, read_manifest, unreadable
 from cluster.checkpoint_folders import STATE, Signature, StoreFolder, open_folder, step_name
-from cluster.errors import CheckpointError, UnreadableError, reason_of
+from cluster.errors import CheckpointError, UnreadableError, reason_of, remedy_of
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PLAIN = (torch.Tensor, torch.Size, torch.dtype, torch.device, str, bytes, bool, int, float, complex, type(None))
 
 logger = logging.getLogger(__name__)
@@ -231,7 +229,7 @@ class CheckpointStore:
             except OSError as error:
                 raise CheckpointError(
                     f"{self._name(step)}: is complete, but that could not be noted ({reason_of(error)}); "
-                    f"{_remedy(error)} and run the same command again"
+                    f"{remedy_of(error)} and run the same command again"
                 ) from error
         try:
             self._drop(step)
@@ -328,13 +326,8 @@ def _writing(what: str) -> Iterator[None]:
         raise
     except Exception as error:  # the stores' libraries share no class of their own
         raise CheckpointError(
-            f"{what} ({reason_of(error)}); earlier ones are whole; {_remedy(error)} and run the same command again"
+            f"{what} ({reason_of(error)}); earlier ones are whole; {remedy_of(error)} and run the same command again"
         ) from error
-
-
-def _remedy(error: Exception) -> str:
-    full = isinstance(error, OSError) and error.errno in FULL
-    return "free some space" if full else "see that it can be written to"
 
 
 def _copy(value: Any) -> Any:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from cluster.files import write_whole
+from cluster.files import beside, write_whole
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 LEFTOVER_SECONDS = 6 * 3600.0  # after which a write to a store that was not completed is a dead writer's
@@ -77,14 +77,17 @@ class LocalFolder:
         self.folder, self.name = folder, str(folder)
 
     def steps(self) -> list[int]:
-        """Steps that have a folder."""
-        paths = self.folder.iterdir() if self.folder.is_dir() else []
-        return sorted(int(match[1]) for path in paths if (match := NAME.fullmatch(path.name)))
+        """Steps that have a folder (OSError: the storage does not say, which is not to be taken for none)."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
 
     def write(self, step: int, write_state: Writer, manifest_of: Callable[[int, str], bytes]) -> None:
         """Beside, synced, then renamed."""
         final = self.path(step)
-        temporary = self.folder / f".{final.name}.{os.getpid()}"
+        temporary = beside(final)
         self.remove_leftovers()
         try:
             temporary.mkdir(parents=True)
@@ -95,7 +98,7 @@ class LocalFolder:
             _sync_folder(temporary)
             if final.exists():
                 # Out of the way by a rename, which is short: only between the two is the step absent.
-                os.replace(final, self.folder / f".{final.name}.replaced")
+                os.replace(final, beside(final))
             os.replace(temporary, final)
             _sync_folder(self.folder)
         except BaseException:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 
 OUR_PACKAGES = frozenset({"cluster", "data_pipeline", "pretrain", "downstream"})
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a storage that others share says while a server restarts, a mount is replaced or the network is down.
+PASSING = frozenset({
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET,
+    errno.ECONNABORTED, errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+})  # fmt: skip
 
 
 class RunError(ValueError):
@@ -26,12 +33,32 @@ class UnreadableError(CheckpointError):
     transient = True  # a run on a cluster goes on after it
 
 
+class PassingError(RunError):
+    """A fault that may pass: storage that did not answer, or a process of a worker that was killed."""
+
+    transient = True
+
+
 class Restart(Exception):  # noqa: N818  # no error: how a worker ends that is to start anew
     """Raised in a worker that has saved and ends, so that a group of another size can start."""
 
 
 class PeerLost(RuntimeError):  # noqa: N818  # not this worker's own error
     """Raised in a worker whose collective failed because another worker, or a device, is gone."""
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether a storage may do later what it did not do now, as a full disk or a missing file would not."""
+    return error.errno in PASSING or isinstance(error, TimeoutError)
+
+
+def remedy_of(error: BaseException) -> str:
+    """What to do about a storage that did not take what was written to it."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return "free some space"
+    if isinstance(error, OSError) and is_passing(error):
+        return "see that its storage answers"
+    return "see that it can be written to"
 
 
 def is_ours(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """What driver, controller and workers of a run on Ray tell each other, as files in the run folder.
 
-    RUN/ray/20260131-120000-4711/    for as long as the run is up
+    RUN/ray/20260131-120000-5f3a91c2/   for as long as the run is up
       stop                           made by the driver: workers save after their step and end
       restart                        made by the controller: workers save after their step and start anew
       step                           step of the newest checkpoint, by rank 0
@@ -10,6 +10,7 @@
 
 The run folder is on storage that all nodes share, and what is written there outlives whoever wrote it: a Ray worker
 gets no signals, because its training function runs in a thread, and the controller forgets what it did not write down.
+Storage that does not answer is asked again; a line that a full disk tore is left out by who reads it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import OUR_PACKAGES
-from cluster.files import write_whole
+from cluster.errors import OUR_PACKAGES, reason_of
+from cluster.files import append_line, patiently, write_whole
 
 STOP, RESTART, STEP, GROUP, EVENTS = "stop", "restart", "step", "group.json", "events.jsonl"
 MESSAGES = "messages_*.jsonl"
@@ -60,25 +61,25 @@ class Exchange:
 
     def ask_to_restart(self) -> None:
         """Let the workers save and start anew, perhaps in another number."""
-        (self.folder / RESTART).touch()
+        patiently((self.folder / RESTART).touch)
 
     def clear_restart(self) -> None:
         """Forget an earlier `ask_to_restart`; called before workers start."""
-        (self.folder / RESTART).unlink(missing_ok=True)
+        patiently(lambda: (self.folder / RESTART).unlink(missing_ok=True))
 
     @property
     def stop_asked(self) -> bool:
         """Whether the workers should save and end."""
-        return (self.folder / STOP).exists()
+        return patiently((self.folder / STOP).exists)
 
     @property
     def restart_asked(self) -> bool:
         """Whether the workers should save and start anew."""
-        return (self.folder / RESTART).exists()
+        return patiently((self.folder / RESTART).exists)
 
     def write_step(self, step: int) -> None:
         """Note the step of a checkpoint that is complete."""
-        write_whole(self.folder / STEP, str(step))
+        patiently(lambda: write_whole(self.folder / STEP, str(step)))
 
     def read_step(self) -> int:
         """Step of the newest checkpoint of this launch; -1 before the first."""
@@ -89,7 +90,7 @@ class Exchange:
 
     def write_group(self, group: dict[int, str]) -> None:
         """Note where every rank runs."""
-        write_whole(self.folder / GROUP, json.dumps(group))
+        patiently(lambda: write_whole(self.folder / GROUP, json.dumps(group)))
 
     def place_of(self, rank: int) -> str:
         """Rank and node of a worker of the present group, to be shown."""
@@ -99,14 +100,17 @@ class Exchange:
             return f"worker {rank}"
 
     def add_event(self, event: str, **facts: Any) -> None:
-        """Append an event, with the time by this process's clock."""
-        with (self.folder / EVENTS).open("a") as file:
-            file.write(json.dumps({"event": event, "time": time.time(), **facts}) + "\n")
+        """Append an event, with the time by this process's clock; one that a full disk does not take is told."""
+        line = json.dumps({"event": event, "time": time.time(), **facts})
+        try:
+            patiently(lambda: append_line(self.folder / EVENTS, line))
+        except OSError as error:  # in the controller, which the run would end with
+            logger.warning("%s: %r could not be noted (%s)", self.folder / EVENTS, event, reason_of(error))
 
     def events(self) -> list[dict[str, Any]]:
         """All events, oldest first; a line that is torn, because a disk was full, is left out."""
         try:
-            lines = (self.folder / EVENTS).read_text(errors="replace").splitlines()
+            lines = patiently(lambda: (self.folder / EVENTS).read_text(errors="replace")).splitlines()
         except FileNotFoundError:
             return []
         return [event for line in lines if (event := _parse(line)) is not None]
@@ -159,8 +163,7 @@ class MessageHandler(logging.Handler):
         """Append one line; a full disk must not end the training."""
         if record.name.partition(".")[0] in OUR_PACKAGES:
             try:
-                with self.path.open("a") as file:
-                    file.write(json.dumps([record.created, record.name, record.levelno, record.getMessage()]) + "\n")
+                append_line(self.path, json.dumps([record.created, record.name, record.levelno, record.getMessage()]))
             except OSError:
                 self.handleError(record)
 
@@ -172,16 +175,38 @@ class MessageReader:
         self.exchange = exchange
         self._read: dict[Path, int] = {}
         self._shown: dict[str, float] = {}
+        self._told = False  # that they cannot be read
 
     def show(self) -> None:
-        """Log what is new, in this process."""
-        for path in sorted(self.exchange.folder.glob(MESSAGES)):
-            lines = path.read_text().splitlines(keepends=True)
-            for line in lines[self._read.get(path, 0) :]:
-                if not line.endswith("\n"):
-                    break
-                self._read[path] = self._read.get(path, 0) + 1
-                created, name, level, message = json.loads(line)
-                if created - self._shown.get(message, 0.0) > SAME_SECONDS:
-                    logging.getLogger(name).log(level, "%s", message)
-                self._shown[message] = created
+        """Log what is new, in this process; a folder that cannot be read now is told once, and read by a later call."""
+        try:
+            for path in sorted(self.exchange.folder.glob(MESSAGES)):
+                self._show(path)
+        except OSError as error:  # of messages alone: the run goes on
+            if not self._told:
+                self._told = True
+                folder = self.exchange.folder
+                logger.warning("%s: messages of the workers cannot be read (%s)", folder, reason_of(error))
+
+    def _show(self, path: Path) -> None:
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        for line in lines[self._read.get(path, 0) :]:
+            if not line.endswith("\n"):
+                break
+            self._read[path] = self._read.get(path, 0) + 1
+            if (message := _parse_message(line)) is None:
+                continue
+            created, name, level, text = message
+            if created - self._shown.get(text, 0.0) > SAME_SECONDS:
+                logging.getLogger(name).log(level, "%s", text)
+            self._shown[text] = created
+
+
+def _parse_message(line: str) -> tuple[float, str, int, str] | None:
+    """Time, logger, level and text of a line; None for one that is torn."""
+    try:
+        created, name, level, text = json.loads(line)
+    except (ValueError, TypeError):
+        return None
+    kinds = ((created, int | float), (name, str), (level, int), (text, str))
+    return (created, name, level, text) if all(isinstance(value, kind) for value, kind in kinds) else None

@@ -1,9 +1,18 @@
-"""Files that are there whole or not at all, whenever the process or the machine stops."""
+"""Files that are there whole or not at all, whenever the process or the machine stops; lines appended to one."""
 
 from __future__ import annotations
 
 import os
+import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from cluster.errors import is_passing
+
+T = TypeVar("T")
+RETRY_SECONDS = (0.1, 1.0)  # waited before what a storage did not do is asked of it again
 
 
 def write_whole(path: Path, content: bytes | str, *, new: bool = False) -> None:
@@ -13,7 +22,7 @@ def write_whole(path: Path, content: bytes | str, *, new: bool = False) -> None:
         new: leave a file that is there already as it is, even if it came meanwhile (FileExistsError).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -22,3 +31,33 @@ def write_whole(path: Path, content: bytes | str, *, new: bool = False) -> None:
         (os.link if new else os.replace)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A name in the same folder that no one else has, hidden: machines and containers share process ids."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line, for one writer at a time; after a torn one, as a full disk leaves it, on a line of its own.
+
+    Raises:
+        OSError: refused; the file may hold a part of the line.
+    """
+    with path.open("a+b") as file:
+        if is_torn := file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            is_torn = file.read(1) != b"\n"
+        file.write((b"\n" if is_torn else b"") + line.encode() + b"\n")
+
+
+def patiently(attempt: Callable[[], T]) -> T:
+    """The result of `attempt`, which is tried again after an OSError that may pass; the last one is raised."""
+    for pause in RETRY_SECONDS:
+        try:
+            return attempt()
+        except OSError as error:
+            if not is_passing(error):
+                raise
+        time.sleep(pause)
+    return attempt()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -53,7 +54,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback  # noqa: 
 from cluster.clocks import check_clocks  # noqa: E402
 from cluster.errors import PeerLost, Restart, RunError, first_line, is_ours, last_line, portable  # noqa: E402
 from cluster.exchange import Exchange, MessageHandler, MessageReader  # noqa: E402
-from cluster.failures import cause_of, is_peer_lost  # noqa: E402
+from cluster.failures import cause_of, is_peer_lost, passing  # noqa: E402
 from cluster.machine import CPUS_VARIABLE, num_cpus  # noqa: E402
 from cluster.options import ClusterConfig  # noqa: E402
 from cluster.policies import Group, LiveNodesPolicy, RecoveryPolicy  # noqa: E402
@@ -194,6 +195,8 @@ def _worker(options: dict[str, Any]) -> None:
         resume_collection()
         function(runtime, config)
     except Exception as error:
+        if (fault := passing(error)) is not None:
+            raise portable(fault) from None
         if is_ours(error):
             raise portable(error) from None
         if is_peer_lost(error):
@@ -358,7 +361,7 @@ def _no_cluster(address: str, error: Exception) -> RunError:
 @contextmanager
 def _exchange_folder(run: Path) -> Iterator[Exchange]:
     """A fresh folder RUN/ray/NAME that workers share with the driver, removed at the end."""
-    folder = run / "ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = run / "ray" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True)
     except OSError as error:

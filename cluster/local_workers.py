@@ -1,14 +1,19 @@
-"""Workers of plain torch on this machine: one process each, watched until the last has ended.
+"""Workers of plain torch on this machine: one process each, watched until the last has ended; one alone is this one.
 
 `torch.multiprocessing.spawn` tells which process ended first, not why the group failed: after a SIGKILL the others
 fail too, with a lost connection, and may be the ones that it names. Here every worker says how it ended, and the
 cause is told: an error written for the user, then a worker that was killed, then the earliest exception.
+
+A worker that is killed, or meets a fault that may pass, is a lost worker, as on Ray: all are started again, and go on
+from the newest checkpoint, until `max_failures` of them in a row were lost with no new checkpoint in between.
 
 Whoever can connect to the store or to a worker is a member of the group: all of them listen on the loopback interface.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 import multiprocessing.connection
 import os
 import signal
@@ -27,14 +32,19 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 import torch.multiprocessing
 
-from cluster.errors import RunError, is_ours, portable
-from cluster.options import TIMEOUT_SECONDS
-from cluster.runtime import LocalRuntime, Runtime, on_sigterm, timeouts_told
+from cluster.errors import PassingError, first_line, is_ours, portable
+from cluster.failures import is_transient, passing
+from cluster.options import TIMEOUT_SECONDS, ClusterConfig
+from cluster.runtime import Interruption, LocalRuntime, Runtime, on_sigterm, timeouts_told
 
 C = TypeVar("C")
 LOOPBACK, LOOPBACK_NAME = "127.0.0.1", "lo"
 GRACE_SECONDS = 5.0  # for the others to say how they ended, once one has failed
+RESTART_SECONDS = (1.0, 5.0, 20.0)  # before workers start again; the last also before each further start
 TRACEBACK_CHARACTERS = 30_000  # fits into a pipe that no one reads before the worker has ended
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,14 +57,78 @@ class Failure:
     traceback: str = ""
 
 
-def run_workers(
-    function: Callable[[Runtime, C], None], config: C, workers: int, timeout_seconds: float = TIMEOUT_SECONDS
-) -> None:
-    """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises.
+@dataclass
+class Start:
+    """What a group of workers is started with.
+
+    Attributes:
+        timeout_seconds: how long a worker waits for the others.
+        newest: step of the newest checkpoint since the first start, -1 before there is one; of all processes.
+        interruption: why the group before ended, where there was one.
+    """
+
+    timeout_seconds: float = TIMEOUT_SECONDS
+    newest: Any = field(default_factory=lambda: torch.multiprocessing.get_context("forkserver").Value("q", -1))
+    interruption: Interruption | None = None
+
+    def runtime(self) -> LocalRuntime:
+        """The runtime of a worker of the group."""
+        return LocalRuntime(self.timeout_seconds, self.interruption, self._note)
+
+    def _note(self, step: int) -> None:
+        self.newest.value = step
+
+
+def run_patiently(function: Callable[[Runtime, C], None], config: C, workers: int, options: ClusterConfig) -> None:
+    """Run `function` on `workers` workers, and again where one was lost; see `cluster.runtime.run`.
 
     Args:
-        timeout_seconds: how long a worker waits for the others.
+        options: of which `max_failures`, lost workers in a row, with no new checkpoint in between, after which the run
+            ends, and `timeout_seconds`.
     """
+    start, told = Start(options.timeout_seconds), threading.Event()
+    steps: list[int] = []  # of the newest checkpoint, by lost worker
+    with on_sigterm(told.set):
+        while True:
+            try:
+                if workers == 1:
+                    run_worker(function, config, start)
+                else:
+                    run_workers(function, config, workers, start)
+                return
+            except Exception as error:
+                if not (is_ours(error) and is_transient(error)):
+                    raise
+                steps.append(start.newest.value)
+                times = len(list(itertools.takewhile(lambda step: step == steps[-1], reversed(steps))))
+                if times > options.max_failures or told.is_set():
+                    if times == 1:
+                        raise
+                    raise PassingError(f"{error} ({times} times in a row without a new checkpoint)") from error
+                reason = first_line(error)
+            logger.warning("a worker was lost (%s); going on from the newest checkpoint", reason)
+            start.interruption = Interruption("recovered", reason, time.time())
+            if told.wait(RESTART_SECONDS[min(times, len(RESTART_SECONDS)) - 1]):
+                return
+
+
+def run_worker(function: Callable[[Runtime, C], None], config: C, start: Start) -> None:
+    """Run `function` as the worker that the environment describes, in this process."""
+    runtime = start.runtime()
+    try:
+        with on_sigterm(runtime.stop), timeouts_told(start.timeout_seconds):
+            function(runtime, config)
+    except Exception as error:
+        if (fault := passing(error)) is None or fault is error:
+            raise
+        raise fault from error
+    finally:
+        runtime.close()
+
+
+def run_workers(function: Callable[[Runtime, C], None], config: C, workers: int, start: Start | None = None) -> None:
+    """Run `function` in `workers` processes; see `cluster.runtime.run` for what it raises."""
+    start = start or Start()
     # What the function needs is imported once, not by every worker. Where a program has begun such processes before,
     # these share what those do, and import the rest.
     context = torch.multiprocessing.get_context("forkserver")
@@ -73,9 +147,7 @@ def run_workers(
             with sigterm_held_back():
                 for rank in range(workers):
                     receiver, sender = context.Pipe(duplex=False)
-                    arguments = (
-                        function, config, rank, workers, store.port, timeout_seconds, dict(os.environ), sender,
-                    )  # fmt: skip
+                    arguments = (function, config, start, rank, workers, store.port, dict(os.environ), sender)
                     process = context.Process(target=_work_in_process, args=arguments, name=f"worker {rank}")
                     process.start()
                     sender.close()
@@ -160,7 +232,7 @@ def _raise_cause(codes: list[int | None], failures: list[Failure]) -> None:
     # An abort can be NCCL's answer to another rank's exception, which tells more.
     killed = {rank: code for rank, code in silent.items() if code != -signal.SIGABRT or not failures}
     for rank, code in killed.items():
-        raise RunError(
+        raise PassingError(
             f"worker {rank} of {len(codes)} {_how_it_died(code)}; run the same command again to go on from the newest "
             "checkpoint"
         )
@@ -177,10 +249,10 @@ def _how_it_died(code: int) -> str:
 def _work_in_process(
     function: Callable[[Runtime, Any], None],
     config: Any,
+    start: Start,
     rank: int,
     workers: int,
     port: int,
-    timeout_seconds: float,
     environment: dict[str, str],
     sender: Connection,
 ) -> None:
@@ -200,15 +272,15 @@ def _work_in_process(
         "NCCL_SOCKET_IFNAME": LOOPBACK_NAME,
     }
     try:
-        runtime = LocalRuntime(timeout_seconds)
-        with on_sigterm(runtime.stop), timeouts_told(timeout_seconds):
+        runtime = start.runtime()
+        with on_sigterm(runtime.stop), timeouts_told(start.timeout_seconds):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             function(runtime, config)
     except Exception as error:
         # Said before the connections close: what the other ranks then raise is later, and no cause.
         failure = Failure(rank, traceback=traceback.format_exc()[-TRACEBACK_CHARACTERS:])
-        if is_ours(error):
-            failure.error = portable(error)
+        if is_ours(fault := passing(error) or error):
+            failure.error = portable(fault)
         sender.send(failure)
         raise SystemExit(1) from None
     runtime.close()

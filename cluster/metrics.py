@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cluster.errors import RunError
+from cluster.errors import RunError, reason_of, remedy_of
 from cluster.files import write_whole
 from cluster.runtime import Runtime
 
@@ -93,9 +93,8 @@ class MetricsLogger:
     def close(self) -> None:
         """Flush and close both files."""
         if self.enabled:
-            with self._writing():
+            with self._writing(), closing(self._writer):
                 self._file.close()
-                self._writer.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -103,17 +102,22 @@ class MetricsLogger:
             yield
         except OSError as error:
             raise RunError(
-                f"{self.run}: metrics cannot be written ({error.strerror or error}); free some space or make the "
-                "folder writable, and run the same command again"
+                f"{self.run}: metrics cannot be written ({reason_of(error)}); {remedy_of(error)} and run the same "
+                "command again"
             ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; what is torn or no row is left out."""
-    if not path.is_file():
+    """The rows of a metrics file, none where there is no file; what is torn or no row is left out.
+
+    Raises:
+        OSError: the storage does not say, which is not to be taken for none.
+    """
+    try:
+        with path.open(errors="replace") as file:
+            return [row for line in file if (row := _parse(line)) is not None]
+    except (FileNotFoundError, IsADirectoryError):
         return []
-    with path.open(errors="replace") as file:
-        return [row for line in file if (row := _parse(line)) is not None]
 
 
 class StepMeter:
@@ -193,9 +197,9 @@ class ProgressFollower:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
         self._inode, self._position = -1, 0
-        if self.path.is_file():  # rows of an earlier start are no progress of this one
+        with suppress(OSError):  # mostly there is no file; what cannot be asked now is read from its start, and drawn
             stat = self.path.stat()
-            self._inode, self._position = stat.st_ino, stat.st_size
+            self._inode, self._position = stat.st_ino, stat.st_size  # rows of an earlier start are no progress of this
         self._last: dict[str, Any] = {}
 
     def __enter__(self) -> Self:

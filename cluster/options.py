@@ -14,7 +14,7 @@ PLACEMENTS = ("pack", "spread")
 
 @dataclass
 class ClusterConfig:
-    """Options of Ray's workers, `cluster.*` in a recipe; of these, plain torch reads `timeout_seconds` alone."""
+    """Options of Ray's workers, `cluster.*` in a recipe; plain torch reads `max_failures` and `timeout_seconds`."""
 
     min_workers: int | None = (
         None  # go on with as few when nodes are missing; none: wait until all workers have a place

@@ -15,6 +15,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from cluster.errors import RunError
+from cluster.errors import PassingError, RunError
 from cluster.failures import TIMED_OUT
 from cluster.machine import num_cpus
 from cluster.options import TIMEOUT_SECONDS, ClusterConfig
@@ -160,17 +161,25 @@ class LocalRuntime(Runtime):
 
     Args:
         timeout_seconds: how long a collective waits for the other ranks.
+        interruption: why the group before this one ended, where there was one.
+        on_checkpoint: called with the step of a checkpoint that is complete.
 
     Raises:
         RunError: the environment has a part of what torchrun sets.
     """
 
-    def __init__(self, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        interruption: Interruption | None = None,
+        on_checkpoint: Callable[[int], None] | None = None,
+    ) -> None:
         rank, world, local_rank, local_world = 0, 1, 0, 1
         if under_torchrun():
             rank, world = number_of("RANK"), number_of("WORLD_SIZE")
             local_rank, local_world = number_of("LOCAL_RANK", 0), number_of("LOCAL_WORLD_SIZE", world)
         super().__init__(rank, world, local_rank, device_of(local_rank))
+        self.interruption, self._on_checkpoint = interruption, on_checkpoint
         self._told = threading.Event()
         self._joined = world > 1 and not dist.is_initialized()
         if self.device.type == "cuda":
@@ -184,6 +193,11 @@ class LocalRuntime(Runtime):
         """Leave the process group."""
         if self._joined:
             dist.destroy_process_group()
+
+    def report_checkpoint(self, step: int) -> None:
+        """Tell the process that started this one, where it listens."""
+        if self._on_checkpoint is not None:
+            self._on_checkpoint(step)
 
     def stop(self) -> None:
         """Make `should_stop` true; what SIGTERM, the notice that a scheduler gives, does while `run` lasts."""
@@ -256,11 +270,12 @@ def run(
         launcher: "local" is plain torch: this process for one worker, spawned ones for several, or the processes
             that torchrun started, whose number then counts; "ray" is Ray Train.
         run_dir: folder of the run, on storage that all workers share.
-        cluster: how Ray spreads the workers, and what it does when one is lost; how long workers wait for each other.
+        cluster: how Ray spreads the workers, how often workers may be lost, how long they wait for each other; without
+            it plain torch ends with the first that is lost. torchrun counts for itself, `--max-restarts`.
 
     Raises:
-        RunError: a worker died, or none could be started. An error of our own packages comes back as it was raised
-            in the worker; any other arrives as a RuntimeError that holds the worker's traceback.
+        RunError: workers were lost too often, or none could be started. An error of our own packages comes back as it
+            was raised in the worker; of several workers, any other arrives as a RuntimeError with its traceback.
     """
     if workers < 1:
         raise RunError(f"workers={workers}: at least one worker has to do it")
@@ -271,12 +286,13 @@ def run(
         launch(function, config, workers=options.workers(workers), run_dir=run_dir, options=options)
     elif launcher != "local":
         raise RunError(f"launcher={launcher}: there are local, ray")
-    elif under_torchrun() or workers == 1:
-        _work(function, config, options)
     else:
-        from cluster.local_workers import run_workers
+        from cluster.local_workers import Start, run_patiently, run_worker
 
-        run_workers(function, config, workers, options.timeout_seconds)
+        if under_torchrun():
+            run_worker(function, config, Start(options.timeout_seconds))
+        else:
+            run_patiently(function, config, workers, options if cluster else replace(options, max_failures=0))
 
 
 def under_torchrun() -> bool:
@@ -318,24 +334,14 @@ def alone() -> Runtime:
 
 @contextmanager
 def timeouts_told(seconds: float) -> Iterator[None]:
-    """Make one line of what gloo says where a collective has waited too long (RunError)."""
+    """Make one line of what gloo says where a collective has waited too long (PassingError)."""
     try:
         yield
     except RuntimeError as error:
         if TIMED_OUT not in str(error):
             raise
-        raise RunError(
+        raise PassingError(
             f"a worker waited {seconds:g} s in vain for another one, which may hang in reading or writing; see what "
             "holds that up and run the same command again, with a greater cluster.timeout_seconds= where it only needs "
             "longer"
         ) from error
-
-
-def _work(function: WorkerFunction[C], config: C, options: ClusterConfig) -> None:
-    """Run `function` as the worker that the environment describes."""
-    runtime = LocalRuntime(options.timeout_seconds)
-    try:
-        with on_sigterm(runtime.stop), timeouts_told(options.timeout_seconds):
-            function(runtime, config)
-    finally:
-        runtime.close()

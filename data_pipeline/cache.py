@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cluster.locks import lock
 from data_pipeline.addresses import join
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, unusable
 
 if TYPE_CHECKING:
     from data_pipeline.manifest import Shard
@@ -304,9 +304,10 @@ class ShardCache:
         try:
             yield
         except OSError as error:
-            raise DataError(
+            raise unusable(
+                error,
                 f"{error.filename or self.folder}: the cache cannot be used ({error.strerror}); mend that, or name "
-                f"another folder by cache=DIR or ${ROOT_VARIABLE}"
+                f"another folder by cache=DIR or ${ROOT_VARIABLE}",
             ) from error
 
 

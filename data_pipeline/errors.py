@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
+# What a storage that others share says while a server restarts, a mount is replaced or the network is down.
+PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN,
+                     errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET})  # fmt: skip
+
 
 class DataError(ValueError):
     """One line: which file, what is wrong with it, and what to do."""
@@ -15,3 +21,9 @@ class StoreError(DataError):
     """A store that did not answer, or not whole, in all attempts; it may again later."""
 
     transient = True  # a run on a cluster goes on after it
+
+
+def unusable(error: OSError, line: str) -> DataError:
+    """What to raise for a storage's refusal: a StoreError where it may pass, else a DataError."""
+    passes = error.errno in PASSING or isinstance(error, TimeoutError)
+    return StoreError(line) if passes else DataError(line)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from cluster.locks import lock
 from data_pipeline.errors import DataError
+from data_pipeline.files import append_line
 
 FILE = "quarantine.jsonl"
 MOST_SHARE = 0.001  # of the samples read so far
@@ -69,16 +70,15 @@ class Quarantine:
     def _write(self, sample: BadSample) -> None:
         if self.path is None:
             return
-        line = json.dumps({"rank": self.rank, "split": self.split, **sample._asdict()}) + "\n"
+        line = json.dumps({"rank": self.rank, "split": self.split, **sample._asdict()})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
+            with self.path.open("a+b") as file:
                 if self._is_shared and not lock(file.fileno(), fcntl.LOCK_EX, self.path.parent):
                     self._is_shared = False
                     self.path = self.path.with_stem(f"{self.path.stem}_{secrets.token_hex(8)}")
                     self._write(sample)
                     return
-                file.write(line)
-                file.flush()
+                append_line(file, line)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror}); make its folder writable") from error

@@ -31,8 +31,8 @@ import numpy as np
 
 from data_pipeline.addresses import is_remote, join
 from data_pipeline.cache import CachedShard, ShardCache
-from data_pipeline.errors import DataError
-from data_pipeline.files import Replacing, open_file
+from data_pipeline.errors import DataError, unusable
+from data_pipeline.files import Replacing, beside, open_file
 from data_pipeline.manifest import BLOCK, MANIFEST, Shard, Split
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -54,7 +54,7 @@ def new_dataset(out: Path) -> Iterator[Path]:
         DataError: `out` holds something already, or cannot be written.
     """
     target = Path(os.path.abspath(out))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = beside(target)
     try:
         refuse_existing(out)
         temporary.mkdir(parents=True)
@@ -119,11 +119,11 @@ class ShardWriter:
         if self._file is None:
             return
         self._tar.close()
-        with self._file as file:
-            path = file.path
-        with path.open("rb") as written:
+        # Read before it has its name, under which another writer may put a file of its own.
+        with self._file as file, file.temporary.open("rb") as written:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
-        self.shards.append(Shard(path.name, digest, path.stat().st_size, len(self._offsets), tuple(self._offsets)))
+            size = os.fstat(written.fileno()).st_size
+        self.shards.append(Shard(file.path.name, digest, size, len(self._offsets), tuple(self._offsets)))
         self._file, self._offsets = None, []
 
     def __enter__(self) -> Self:
@@ -201,13 +201,27 @@ class ShardReader:
         if self._owner != os.getpid():
             # A forked process shares the positions and the locks of files that its parent has opened.
             self._open, self._verified, self._owner = OrderedDict(), set(), os.getpid()
-        if self.cache is None:
-            return os.pread(self._local_file(number).fileno(), num_bytes, start)
-        copy = self._held_copy(number, self.cache)
+        with self._disk_errors(number):
+            if self.cache is None:
+                return os.pread(self._local_file(number).fileno(), num_bytes, start)
+            copy = self._held_copy(number, self.cache)
+            try:
+                return os.pread(copy.fileno(), num_bytes, start)
+            finally:
+                copy.release()
+
+    @contextmanager
+    def _disk_errors(self, number: int) -> Iterator[None]:
+        """One line for what a disk says; the file that it said it of is opened anew, and verified again."""
         try:
-            return os.pread(copy.fileno(), num_bytes, start)
-        finally:
-            copy.release()
+            yield
+        except OSError as error:
+            self._verified.discard(number)
+            if (file := self._open.pop(number, None)) is not None:
+                with suppress(OSError):
+                    file.close()
+            path = join(self.root, self.split.shards[number].name)
+            raise unusable(error, f"{path}: cannot be read ({error.strerror}); fetch the shard again") from error
 
     def _held_copy(self, number: int, cache: ShardCache) -> CachedShard:
         copy = self._open.get(number)
@@ -226,18 +240,17 @@ class ShardReader:
             return self._open[number]
         shard = self.split.shards[number]
         path = Path(join(self.root, shard.name))
+        file = open_file(path)
         try:
-            file = open_file(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); fetch the shard again") from error
-        if number not in self._verified:
-            if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
-                file.close()
-                raise DataError(f"{path}: has {size} bytes instead of {shard.bytes}; fetch the shard again")
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                file.close()
-                raise DataError(f"{path}: damaged, its sha256 is not the one in {MANIFEST}; fetch the shard again")
-            self._verified.add(number)
+            if number not in self._verified:
+                if (size := os.fstat(file.fileno()).st_size) != shard.bytes:
+                    raise DataError(f"{path}: has {size} bytes instead of {shard.bytes}; fetch the shard again")
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                    raise DataError(f"{path}: damaged, its sha256 is not the one in {MANIFEST}; fetch the shard again")
+                self._verified.add(number)
+        except BaseException:
+            file.close()
+            raise
         self._keep(number, file)
         return file
 

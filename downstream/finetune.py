@@ -15,7 +15,6 @@ What differs from task to task is in `downstream/tasks`. As in pretraining, ever
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster import runtime as launcher
 from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
+from cluster.finite import FiniteCheck, gradient_norm
 from cluster.metrics import MetricsLogger, ProgressFollower, StepMeter, log_recovery
 from cluster.recipes import load_config, read_recipe, save_config
 from cluster.run_folder import check_folder, held_run, how_it_stopped
@@ -148,6 +148,7 @@ class Finetuner:
         newest = runtime.broadcast(self.store.newest() if runtime.rank == 0 else None)
         self.step: int = newest or 0
         self.meter, self.first_step = StepMeter(runtime), self.step
+        self.finite = FiniteCheck(runtime)
         self.started = time.perf_counter()
 
     @property
@@ -230,6 +231,7 @@ class Finetuner:
             if self.scheduler is not None:
                 self.scheduler.step_update(self.step - stage.start)
             row = self._forward_backward(module, batch, generator)
+            self.finite.note(self.step + 1, row["loss"], gradient_norm(self.model.parameters()))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
@@ -240,7 +242,7 @@ class Finetuner:
             if self.step % config.log_every == 0 or self.step == stage.end:
                 row = runtime.mean({name: float(value) for name, value in row.items()})
                 self._log({**row, "lr": self.optimizer.param_groups[0]["lr"], **self.meter.rates()})
-                self._check_finite(row["loss"])
+                self._check_finite()
             if self.step == stage.end:  # `finish` comes before the checkpoint that says that the stage is done
                 break
             if runtime.should_stop:
@@ -270,12 +272,16 @@ class Finetuner:
                 row[name] = row.get(name, 0.0) + value * (count / share)
         return row
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TaskError(
-                f"run={self.config.run}: the loss is {loss} at step {self.step}; start a new run with a smaller lr "
-                f"than {self.config.lr:g}"
-            )
+    def _check_finite(self) -> None:
+        """TaskError, on every rank, once a step was not finite; called where this waits for nothing more."""
+        if (step := self.finite.first_bad()) is not None:
+            raise self._diverged(f"the loss or its gradient is not finite at step {step}")
+
+    def _diverged(self, what: str) -> TaskError:
+        return TaskError(
+            f"run={self.config.run}: stage {self.task.stage}: {what}; checkpoints that were saved before are kept; "
+            f"start a new run with a smaller lr than {self.config.lr:g}"
+        )
 
     def _write_results(self, measured: dict[str, Any]) -> None:
         if self.runtime.rank == 0:
@@ -295,13 +301,17 @@ class Finetuner:
         self.logger.log(self.step, {"total_steps": self.num_steps, "stage": self.task.stage, **row})
 
     def _save(self) -> None:
+        """Hand the state over to be written while training goes on; none that is not finite (TaskError)."""
+        state = {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        self._check_finite()
+        if not self.finite.is_finite(state):
+            raise self._diverged(f"the state after step {self.step} is not finite")
         if self.runtime.rank == 0:
-            state = {
-                "step": self.step,
-                "samples_seen": self.samples_seen,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            }
             self.store.save_soon(self.step, state)
         self.meter.saved()
 

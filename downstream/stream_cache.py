@@ -144,7 +144,7 @@ def _finished(folder: Path, view: int, number: int) -> list[Shard] | None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left half written; another run may be filling the folder now."""
-    for path in folder.glob(".view*"):
+    for path in (*folder.glob(".view*"), *(folder / PARTS).glob(".view*")):
         if path.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
             path.unlink(missing_ok=True)
 

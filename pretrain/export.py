@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
+from cluster.metrics import METRICS, read_rows
 from cluster.recipes import load_saved
 from data_pipeline.manifest import Manifest
 from pretrain.codec.feature_codec import FeatureCodec
@@ -90,9 +91,7 @@ def training_facts(run: Path, config: PretrainConfig, step: int) -> dict[str, An
 
 def last_knn(run: Path) -> float | None:
     """The last kNN accuracy in the run's metrics, or None."""
-    path = run / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return next((row["knn"] for row in reversed(rows) if "knn" in row), None)
+    return next((row["knn"] for row in reversed(read_rows(run / METRICS)) if "knn" in row), None)
 
 
 def model_card(name: str, config: PretrainConfig, facts: dict[str, Any]) -> str:

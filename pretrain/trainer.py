@@ -31,6 +31,7 @@ from torchvision.io import write_png
 
 from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
+from cluster.finite import FiniteCheck, gradient_norm
 from cluster.metrics import MetricsLogger, StepMeter, log_recovery
 from cluster.runtime import Runtime
 from data_pipeline.cache import ShardCache
@@ -42,6 +43,7 @@ from pretrain.codec.feature_codec import FeatureCodec
 from pretrain.codec.klt import begin_as_klt, num_images
 from pretrain.codec.precision import autocast
 from pretrain.config import PretrainConfig, StageConfig
+from pretrain.errors import ConfigError
 from pretrain.evaluation import measure_knn, write_summary
 from pretrain.guided_views import GuidedViews
 from pretrain.initialize import begins_compression, checkpoint_activations, create_codec
@@ -53,6 +55,7 @@ from pretrain.stages import Stage, set_trained_parts, total_steps
 
 CHECKPOINT_VERSION = 2
 KLT_BATCH = 64
+RATE_WEIGHTS = (1e-9, 1e9)  # what the dual ascent stays within: far beyond weights of use, far within a float32
 
 
 @dataclass
@@ -104,10 +107,15 @@ class Trainer:
         self.first_step = self.saved_step = self.progress.step
         self.logger = MetricsLogger(self.run, rank=runtime.rank, step=self.progress.step, publish=runtime.publish)
         self.meter = StepMeter(runtime)
+        self.finite = FiniteCheck(runtime)
         self.total_steps = total_steps(config, self.dataset_size)
 
     def train(self) -> None:
-        """All stages that are not done yet; ends early, with a checkpoint, when told to stop."""
+        """All stages that are not done yet; ends early, with a checkpoint, when told to stop.
+
+        Raises:
+            ConfigError: on every rank, where a loss, a gradient or the state is not finite; what was saved is finite.
+        """
         for index in range(max(self.progress.stage, 0), len(self.config.stages)):
             stage = self._enter_stage(index)
             for batch in self._batches(stage):
@@ -162,13 +170,19 @@ class Trainer:
         self._seed(progress.step)
         learning_rate = stage.set_learning_rate(progress.stage_step)
         losses = self._forward_backward(stage, batch)
-        grad_norm = torch.nn.utils.clip_grad_norm_(stage.parameters, stage.config.clip) if stage.config.clip else None
+        grad_norm = gradient_norm(stage.parameters)
+        if stage.config.clip:
+            torch.nn.utils.clip_grads_with_norm_(stage.parameters, stage.config.clip, grad_norm)
+        self.finite.note(progress.step + 1, losses.total, grad_norm)
         stage.optimizer.step()
         stage.optimizer.zero_grad(set_to_none=True)
         if stage.contrastive:
             self.method.update_momentum(progress.stage_samples / stage.num_samples)
         if stage.config.target_bpp is not None:
-            progress.rate_weight *= self._dual_ascent(stage, losses)
+            bpp = self.runtime.mean({"bpp": float(losses.parts["bpp"])})["bpp"]
+            progress.rate_weight = dual_ascent(
+                progress.rate_weight, bpp, stage.config.target_bpp, stage.config.dual_rate
+            )
 
         num_samples = len(batch.label) * self.runtime.world
         progress.step += 1
@@ -214,17 +228,6 @@ class Trainer:
         heatmap = self.config.ssl.heatmap
         return heatmap.method != "none" and self.progress.samples_seen >= heatmap.warmup * self.dataset_size
 
-    def _dual_ascent(self, stage: Stage, losses: Losses) -> float:
-        """Factor for the rate weight: above 1 while the measured rate is above `target_bpp`, below 1 under it.
-
-        Gradient ascent on the Lagrange multiplier's logarithm, so the weight stays positive and one step size
-        serves weights of any magnitude.
-        """
-        assert stage.config.target_bpp is not None
-        bpp = self.runtime.mean({"bpp": float(losses.parts["bpp"])})["bpp"]
-        excess = math.log(max(bpp, 1e-9) / stage.config.target_bpp)
-        return math.exp(stage.config.dual_rate * min(max(excess, -1.0), 1.0))
-
     def _seed(self, step: int) -> None:
         state = np.random.SeedSequence((self.config.seed, step, self.runtime.rank)).generate_state(2)
         self.generator.manual_seed(int(state[0]))
@@ -258,15 +261,31 @@ class Trainer:
             yield self.codec.eliminate(self.codec.backbone.head(pad_to(views, Z_STRIDE)))[0]
 
     def _save(self, stage: Stage) -> None:
-        """Hand the state over to be written while training goes on."""
+        """Hand the state over to be written while training goes on; none that is not finite (ConfigError)."""
         if self.saved_step == self.progress.step:
             return
         if hasattr(stage.optimizer, "consolidate_state_dict"):
             stage.optimizer.consolidate_state_dict()  # OSS: every rank sends its share to rank 0
+        state = self._state(stage) if self.runtime.rank == 0 else {}
+        self._check_finite(stage)
+        if not self.finite.is_finite(state):
+            raise self._diverged(stage, f"the state after step {self.progress.step} is not finite")
         if self.runtime.rank == 0:
-            self.store.save_soon(self.progress.step, self._state(stage))
+            self.store.save_soon(self.progress.step, state)
         self.saved_step = self.progress.step
         self.meter.saved()
+
+    def _check_finite(self, stage: Stage) -> None:
+        """ConfigError, on every rank, once a step was not finite; called where this waits for nothing more."""
+        if (step := self.finite.first_bad()) is not None:
+            raise self._diverged(stage, f"the loss or its gradient is not finite at step {step}")
+
+    def _diverged(self, stage: Stage, what: str) -> ConfigError:
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step else "there is no checkpoint"
+        return ConfigError(
+            f"run={self.run}: stage {stage.name}: {what}; {kept}; start a new run with a smaller "
+            f"stages.{stage.name}.lr than {stage.config.lr:g}"
+        )
 
     def _state(self, stage: Stage) -> dict[str, Any]:
         method = {k: v for k, v in self.method.state_dict().items() if not k.startswith("encoder.")}
@@ -315,12 +334,11 @@ class Trainer:
         interval = epochs * self.dataset_size
         return self.progress.samples_seen // interval > (self.progress.samples_seen - num_samples) // interval
 
-    def _log(self, stage: Stage, losses: Losses, grad_norm: Tensor | None, learning_rate: float) -> None:
+    def _log(self, stage: Stage, losses: Losses, grad_norm: Tensor, learning_rate: float) -> None:
         names = ["loss", *losses.parts]
         values = torch.stack([losses.total, *losses.parts.values()]).float().tolist()
         row = self.runtime.mean(dict(zip(names, values, strict=True)))
-        if grad_norm is not None:
-            row["grad_norm"] = float(grad_norm)
+        row["grad_norm"] = float(grad_norm)
         self.logger.log(
             self.progress.step,
             {
@@ -334,6 +352,7 @@ class Trainer:
                 **self.meter.rates(),
             },
         )
+        self._check_finite(stage)
 
     def _picture(self, batch: CanvasBatch) -> None:
         """Heatmap, box and crops of the first images of a batch, as a PNG and in TensorBoard."""
@@ -356,3 +375,16 @@ def mean_losses(losses: list[Losses]) -> Losses:
     """Mean of the micro-batches' losses, name by name."""
     total = torch.stack([loss.total for loss in losses]).mean()
     return Losses(total, {name: torch.stack([loss.parts[name] for loss in losses]).mean() for name in losses[0].parts})
+
+
+def dual_ascent(rate_weight: float, bpp: float, target_bpp: float, dual_rate: float) -> float:
+    """The next rate weight: above this one while the measured rate `bpp` is above `target_bpp`, below it under it.
+
+    Gradient ascent on the Lagrange multiplier's logarithm, so the weight stays positive and one step size serves
+    weights of any magnitude. It stays within `RATE_WEIGHTS`, and as it is after a rate that is not a number.
+    """
+    if math.isnan(bpp):
+        return rate_weight
+    excess = math.log(max(bpp, 1e-9) / target_bpp)
+    weight = rate_weight * math.exp(dual_rate * min(max(excess, -1.0), 1.0))
+    return min(max(weight, RATE_WEIGHTS[0]), RATE_WEIGHTS[1])

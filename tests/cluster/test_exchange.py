@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 
-from cluster.exchange import EVENTS, UNSTARTED, Exchange
+from cluster.exchange import EVENTS, MESSAGES, UNSTARTED, Exchange, MessageHandler, MessageReader
+
+SHOWN = logging.makeLogRecord({"name": "cluster.launch", "msg": "shown", "levelno": logging.WARNING})
 
 
 @pytest.fixture
@@ -26,6 +29,47 @@ def test_events__a_torn_line_is_left_out(exchange: Exchange):
         file.write('{"event": "lost", "ti')  # as far as a full disk took it
     assert [event["event"] for event in exchange.events()] == ["start", "lost"]
     assert exchange.failures() == 1
+
+
+def test_add_event__after_a_torn_line_is_a_line_of_its_own(exchange: Exchange):
+    tell(exchange, "start")
+    with (exchange.folder / EVENTS).open("a") as file:
+        file.write('{"event": "lost", "ti')
+    tell(exchange, "lost")
+    assert [event["event"] for event in exchange.events()] == ["start", "lost"]
+
+
+def test_add_event__that_the_disk_does_not_take_is_told(exchange: Exchange, caplog: pytest.LogCaptureFixture):
+    (exchange.folder / EVENTS).symlink_to("/dev/full")
+    tell(exchange, "lost")
+    assert f"{exchange.folder / EVENTS}: 'lost' could not be noted (No space left on device)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "torn",
+    ['[1.0, "cluster.launch", 30, "half a mess', "[1.0, 2]", "null", '["then", "cluster", 30, "text"]', "\x00\xff"],
+)
+def test_show__a_torn_message_is_left_out_and_the_next_is_shown(
+    torn: str, exchange: Exchange, caplog: pytest.LogCaptureFixture
+):
+    path = exchange.folder / MESSAGES.replace("*", "0")
+    path.write_bytes(torn.encode("latin-1"))
+    MessageHandler(exchange, "0").emit(SHOWN)
+    MessageReader(exchange).show()
+    assert [record.getMessage() for record in caplog.records] == ["shown"]
+
+
+def test_show__a_file_that_cannot_be_read_is_told_once(exchange: Exchange, caplog: pytest.LogCaptureFixture):
+    path = exchange.folder / MESSAGES.replace("*", "0")
+    path.symlink_to("/proc/self/mem")  # whose bytes at 0 are an I/O error, as a failing disk gives it
+    reader = MessageReader(exchange)
+    reader.show()
+    reader.show()
+    assert caplog.text.count(f"{exchange.folder}: messages of the workers cannot be read") == 1
+    path.unlink()
+    MessageHandler(exchange, "0").emit(SHOWN)
+    reader.show()
+    assert "shown" in caplog.text
 
 
 def test_ask_to_stop__reaches_workers_though_the_folder_was_removed(exchange: Exchange):

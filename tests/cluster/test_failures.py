@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
+import pickle
+
 import pytest
 
-from cluster.errors import CheckpointError, PeerLost, Restart
-from cluster.failures import cause_of, is_peer_lost
+from cluster.errors import CheckpointError, PassingError, PeerLost, Restart, RunError
+from cluster.failures import cause_of, is_peer_lost, passing
 from data_pipeline.errors import DataError, StoreError
 
 
@@ -26,6 +29,8 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: C
         ({0: KeyError("a follow-up"), 1: ActorDiedError("OutOfMemory")}, "lost", 1, "memory ran out"),
         ({0: StoreError("s3 does not answer")}, "lost", 0, "s3"),
         ({0: DataError("no such split")}, "told", 0, "split"),
+        ({0: StoreError("s3"), 1: DataError("no such split")}, "told", 1, "split"),
+        ({0: PeerLost(GLOO), 1: PassingError("Stale file handle")}, "lost", 1, "Stale"),
         ({}, "lost", None, "no worker"),
     ],
 )
@@ -47,3 +52,45 @@ def test_cause_of__tells_the_cause_from_what_follows(failures, kind: str, rank: 
 )
 def test_is_peer_lost__a_bug_is_none(error: Exception, lost: bool):
     assert is_peer_lost(error) is lost
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+    """`error` as it is once it was raised from `cause`."""
+    try:
+        raise error from cause
+    except type(error) as caught:
+        return caught
+
+
+STALE, FULL = OSError(errno.ESTALE, "Stale file handle", "/shared/a.tar"), OSError(errno.ENOSPC, "No space left", "/x")
+KILLED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+CRASHED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
+GONE = "DataLoader worker (pid(s) 7) exited unexpectedly"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (STALE, "/shared/a.tar: Stale file handle; see that its storage answers"),
+        (OSError(errno.EIO, "Input/output error"), "a file of the run: Input/output error"),
+        (raised(RunError("metrics cannot be written"), STALE), "metrics cannot be written"),
+        (raised(CheckpointError("could not be written"), STALE), "could not be written"),
+        (raised(KeyError("key"), STALE), "Stale file handle"),
+        (StoreError("s3"), "s3"),
+        (KILLED, "a decoding process was killed"),
+        (raised(RuntimeError(GONE), KILLED), "a decoding process was killed"),
+        (RuntimeError(GONE), "a decoding process was killed"),
+        (raised(RuntimeError(GONE), CRASHED), None),
+        (CRASHED, None),
+        (FULL, None),
+        (FileNotFoundError(errno.ENOENT, "No such file"), None),
+        (raised(RunError("metrics cannot be written"), FULL), None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_passing__one_line_of_what_may_go_well_another_time(error: Exception, words: str | None):
+    fault = passing(error)
+    assert (fault is None) == (words is None)
+    if fault is not None:
+        assert str(words) in str(fault) and "\n" not in str(fault)
+        assert cause_of({0: pickle.loads(pickle.dumps(fault))}).kind == "lost"  # from a worker's process, too

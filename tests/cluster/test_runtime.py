@@ -21,13 +21,14 @@ from worker_functions import (
     facts_of,
     fail_with_a_bug,
     fail_with_our_error,
+    lose_a_worker,
     sleep_on_one_rank,
     step_until_told,
     told_at_the_third_step,
     write_facts,
 )
 
-from cluster.errors import CheckpointError, RunError
+from cluster.errors import CheckpointError, PassingError, RunError
 from cluster.machine import num_cpus
 from cluster.options import ClusterConfig
 from cluster.runtime import LocalRuntime, alone, on_sigterm, run
@@ -150,6 +151,44 @@ def test_run__a_killed_worker_is_named_and_the_others_do_not_hang(tmp_path: Path
     assert time.monotonic() - begun < 100
 
 
+def losing(folder: Path, faults: str, workers: int, max_failures: int = 2) -> list[str]:
+    """Why each start of a run followed, which suffers those faults one after the other."""
+    (folder / "faults").write_text(faults)
+    run(
+        lose_a_worker, Options(str(folder), rank=0), workers=workers, launcher="local", run_dir=str(folder),
+        cluster=ClusterConfig(max_failures=max_failures),
+    )  # fmt: skip
+    return (folder / "starts").read_text().splitlines()
+
+
+def test_run__storage_that_does_not_answer_is_a_lost_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("cluster.local_workers.RESTART_SECONDS", (0.0,))
+    starts = losing(tmp_path, "stale saved-stale stale", workers=1)  # twice in a row, as a checkpoint came in between
+    assert starts[0] == "first" and len(starts) == 4
+    assert all(start.startswith("/shared/train-000000.tar: Stale file handle") for start in starts[1:])
+    assert caplog.text.count("going on from the newest checkpoint") == 3
+
+
+def test_run__storage_that_never_answers_ends_it_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cluster.local_workers.RESTART_SECONDS", (0.0,))
+    with pytest.raises(
+        PassingError, match=r"Stale file handle.*\(3 times in a row without a new checkpoint\)"
+    ) as caught:
+        losing(tmp_path, "stale stale stale", workers=1)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PassingError, match=r"Stale file handle.*same command again$"):
+        losing(tmp_path, "stale", workers=1, max_failures=0)
+
+
+def test_run__a_killed_worker_of_two_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cluster.local_workers.RESTART_SECONDS", (0.0,))
+    starts = losing(tmp_path, "kill stale", workers=2)
+    assert [start.partition(" (")[0] for start in starts[:2]] == ["first", "worker 0 of 2 was killed"]
+    assert "Stale file handle" in starts[2]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_run__sigterm_lets_every_worker_stop_at_the_same_step(tmp_path: Path, workers: int):
     program = (
@@ -245,7 +284,7 @@ def test_should_stop__all_ranks_hear_within_two_steps_whichever_was_told(tmp_pat
 
 
 def test_run__a_worker_that_hangs_ends_the_run_after_the_time_that_was_set(tmp_path: Path):
-    options = ClusterConfig(timeout_seconds=3)
+    options = ClusterConfig(timeout_seconds=3, max_failures=0)
     with pytest.raises(
         RunError, match=r"a worker waited 3 s in vain for another one.*cluster\.timeout_seconds"
     ) as error:

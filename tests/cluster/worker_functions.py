@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from cluster.clocks import check_clocks
 from cluster.errors import CheckpointError
+from cluster.finite import FiniteCheck
 from cluster.runtime import Notice, Runtime
 
 
@@ -154,3 +156,31 @@ def die_once_write_facts_and_step(runtime: Runtime, options: Options) -> None:
     die_once(runtime, options)
     write_facts(runtime, options)
     step_until_told(runtime, options)
+
+
+def bad_step_of_one_rank(runtime: Runtime, options: Options) -> None:
+    """One rank's fifth step is not finite; what each rank hears of it."""
+    check, good = FiniteCheck(runtime), torch.ones((), device=runtime.device)
+    before = check.first_bad()
+    check.note(5, good / 0 if runtime.rank == options.rank else good, good)
+    # What is saved is rank 0's.
+    answers = {"before": before, "first": check.first_bad(), "finite": check.is_finite(float(runtime.rank) or 1.0)}
+    Path(options.folder, f"{runtime.rank}.json").write_text(json.dumps(answers))
+
+
+def lose_a_worker(runtime: Runtime, options: Options) -> None:
+    """FOLDER/faults has what the starts to come suffer, a word each; each start is a line of FOLDER/starts."""
+    faults, starts = Path(options.folder, "faults"), Path(options.folder, "starts")
+    runtime.barrier()  # all have come up
+    if runtime.rank == options.rank:
+        fault, *others = faults.read_text().split() or ["none"]
+        with starts.open("a") as file:
+            file.write(f"{runtime.interruption.reason if runtime.interruption else 'first'}\n")
+        faults.write_text(" ".join(others))
+        if fault == "saved-stale":
+            runtime.report_checkpoint(len(others))
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault != "none":
+            raise OSError(errno.ESTALE, "Stale file handle", "/shared/train-000000.tar")
+    runtime.barrier()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, StoreError
 from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.shards import ShardReader, ShardWriter, facts_of, new_dataset, parse_sample
 
@@ -349,3 +349,13 @@ def test_new_dataset__a_full_disk_is_told_in_one_line(tmp_path: Path):
     with pytest.raises(DataError, match=r"No space left.*free space"), new_dataset(tmp_path / "out"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_read__storage_that_does_not_answer_now_is_read_later(tmp_path: Path):
+    manifest = write(tmp_path)
+    reader = ShardReader(tmp_path, manifest.split("train"))
+    before = reader.read(1)
+    reader._open[0] = io.FileIO("/proc/self/mem")  # its first bytes are an I/O error, as a failing server's
+    with pytest.raises(StoreError, match=r"train-000000.tar: cannot be read \(Input/output error\)"):
+        reader.read(1)
+    assert reader.read(1) == before

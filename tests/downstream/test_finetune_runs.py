@@ -13,6 +13,8 @@ import torch
 from conftest import dicm
 from http_store import serving
 
+from cluster.checkpoint import CheckpointStore
+from cluster.finite import all_finite
 from data_pipeline.manifest import Manifest, Split
 from data_pipeline.shards import ShardReader, ShardWriter
 from downstream.errors import StoppedError, TaskError
@@ -62,6 +64,17 @@ def test_run__an_image_without_a_label_is_named(codec_folder: Path, colours: Pat
     Manifest("gap", manifest.classes, {**manifest.splits, "train": Split(tuple(writer.shards))}).save(data)
     with pytest.raises(TaskError, match="image 7 has no label"):
         run(resolve("classification", options(codec_folder, data, tmp_path / "run")))
+
+
+def test_run__one_that_diverges_saves_nothing_that_is_not_finite(
+    codec_folder: Path, colours: Path, tmp_path: Path, options
+):
+    """Found when it would save, long before the next row of metrics."""
+    words = options(codec_folder, colours, tmp_path, "lr=1e30", "checkpoint_every=1", "log_every=100")
+    with pytest.raises(TaskError, match=r"step \d+.*; .* smaller lr than 1e\+30"):
+        run(resolve("classification", words))
+    store = CheckpointStore(tmp_path / "checkpoints")
+    assert all(all_finite(store.load(step)) for step in store.steps())
 
 
 def test_evaluate__unfinished_run_is_refused_and_gets_no_results(finetuned: Path, tmp_path: Path):

@@ -37,6 +37,15 @@ def test_export__not_a_run(tmp_path: Path):
     assert_refused(dicm("export", tmp_path, tmp_path / "codec"), str(tmp_path), "dicm pretrain")
 
 
+def test_export__of_a_run_with_a_torn_row_of_metrics(pretrained_run: Path, exported_codec: Path, tmp_path: Path):
+    folder = shutil.copytree(pretrained_run, tmp_path / "run")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "kn')
+    export(folder, tmp_path / "codec")
+    facts, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "codec", exported_codec))
+    assert facts["extra"]["knn"] == before["extra"]["knn"]
+
+
 def test_export__leaves_foreign_folders_alone(pretrained_run: Path, tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert_refused(dicm("export", pretrained_run, tmp_path), "thesis.txt")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
+import re
 import shutil
 import signal
 import sys
@@ -13,6 +15,8 @@ import pytest
 import torch
 from conftest import small_run
 from http_store import serving
+from hypothesis import given
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))  # other processes import the functions by name
 
@@ -20,10 +24,13 @@ from run_functions import pretrain_each, run_without_ray
 
 from cluster import runtime
 from cluster.checkpoint import CheckpointStore
+from cluster.finite import all_finite
 from data_pipeline.cache import ROOT_VARIABLE
 from data_pipeline.manifest import Manifest, Split
 from data_pipeline.shards import ShardReader, ShardWriter
+from pretrain.errors import ConfigError
 from pretrain.run import run
+from pretrain.trainer import RATE_WEIGHTS, dual_ascent
 
 STAGES = ["ssl", "redundancy", "joint", "codec"]
 
@@ -121,6 +128,30 @@ def test_run__target_bpp_moves_the_weight_towards_the_target(scenes: Path, tmp_p
     assert weights[100.0] == sorted(weights[100.0], reverse=True)
     assert weights[1e-4] == sorted(weights[1e-4])
     assert weights[100.0][-1] < weights[1e-4][-1]
+
+
+@pytest.mark.parametrize("where", ["step", "state"])
+def test_run__one_that_diverges_ends_and_keeps_its_last_finite_checkpoint(where: str, scenes: Path, tmp_path: Path):
+    """Whether a loss gives it away, or, before there is another, what is to be saved."""
+    options = ["only=[ssl,codec]", "knn_samples=0", "checkpoint_every=1", "keep_checkpoints=1", "log_every=3"]
+    huge = {"step": "stages.codec.lr=1e12", "state": "stages.codec.lr=1e38"}[where]
+    with pytest.raises(ConfigError, match=r"stage codec: the (loss or its gradient|state)") as caught:
+        run(small_run(scenes, tmp_path, *options, huge, "stages.codec.warmup=0"))
+    assert str(caught.value).startswith(f"run={tmp_path}: ") and "\n" not in str(caught.value)
+    assert "smaller stages.codec.lr than 1e+" in str(caught.value)
+    named = re.search(r"(at|after) step (\d+).*; the checkpoint of step (\d+) is kept", str(caught.value))
+    store = CheckpointStore(tmp_path / "checkpoints")
+    (kept,) = store.steps()
+    assert int(named[2]) == kept + 1 >= 4 and int(named[3]) == kept  # ssl has three steps
+    assert all_finite(store.load(kept))
+    assert not (tmp_path / "summary.json").exists()
+
+
+@given(weight=st.floats(1e-9, 1e9), bpp=st.floats(), target=st.floats(1e-3, 1e3), rate=st.floats(0, 1))
+def test_dual_ascent__is_a_weight_whatever_rate_was_measured(weight: float, bpp: float, target: float, rate: float):
+    following = dual_ascent(weight, bpp, target, rate)
+    assert RATE_WEIGHTS[0] <= following <= RATE_WEIGHTS[1]
+    assert (following - weight) * (bpp - target) >= 0 or math.isnan(bpp)
 
 
 FIRST_STAGE = ["precision=fp32", "knn_samples=0", "only=[ssl]"]
