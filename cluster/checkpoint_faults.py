@@ -68,7 +68,7 @@ def read_manifest(folder: CheckpointFolder, step: int) -> dict[str, Any]:
         content = file.read()
     try:  # the reading stays outside: a store's own ValueError is no damage
         manifest = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError from error
     if not isinstance(manifest, dict) or "version" not in manifest:
         raise ManifestError
@@ -101,8 +101,10 @@ def _look(folder: CheckpointFolder, step: int, hashes: bool) -> Fault | None:
 
 
 def _listed(manifest: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file of a manifest."""
+    """Size and sha256 of each file of a manifest; the files lie beside it."""
     try:
+        if any("/" in name for name in manifest["files"]):
+            raise ManifestError
         return {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ManifestError from error

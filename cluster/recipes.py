@@ -199,6 +199,8 @@ def read_recipe(recipe: str | Path, folder: Path, inside: tuple[Path, ...] = ())
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(OmegaConf.load(path)) if path.read_text().strip() else {}
+    except RecursionError as error:
+        raise RecipeError(f"{path}: cannot be read (brackets without end)") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)

@@ -37,6 +37,7 @@ SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w./-]*)?")
 LARGEST_CONFIG = 2**20  # bytes
+LONGEST_NAME = 100  # characters
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -182,7 +183,9 @@ def codec_config(folder: Path, facts: dict[str, Any]) -> CodecConfig:
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether `value` has the type of `default`; a whole number is a float, too, and no bool is a number."""
+    """Whether `value` has the type of `default`: a whole number is a float, too, no bool is one; texts are short."""
+    if isinstance(value, str) and not (value.isprintable() and len(value) <= LONGEST_NAME):
+        return False
     if isinstance(default, list):
         return isinstance(value, list) and all(type(item) is int for item in value)
     return type(value) is type(default) or (type(default) is float and type(value) is int)

@@ -77,6 +77,16 @@ def test_save__a_checkpoint_that_cannot_be_read_now_is_not_deleted(tmp_path: Pat
     assert "step_00000030: cannot be read (Input/output error)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"version": 1, "files": {"../../mine": {"bytes": 4, "sha256": "0"}}}']
+)
+def test_newest__a_manifest_names_files_beside_it_alone(tmp_path: Path, content: str):
+    store = saved(tmp_path / "checkpoints", 10, 20)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "checkpoints" / "step_00000020" / "manifest.json").write_text(content)
+    assert store.newest() == 10
+
+
 def test_save__a_checkpoint_of_another_version_is_not_deleted(tmp_path: Path):
     store = saved(tmp_path, 10, 20, keep=1)
     path = tmp_path / "step_00000020" / "manifest.json"

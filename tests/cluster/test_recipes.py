@@ -220,6 +220,12 @@ def test_load_config__credentials_in_an_address_are_refused_unseen(folder: Path,
         assert "hunter2" not in str(refusal.value)
 
 
+def test_load_config__brackets_without_end_are_refused_in_a_line(folder: Path, tmp_path: Path):
+    (tmp_path / "theirs.yaml").write_text("data: " + "[" * 10_000)
+    with pytest.raises(RecipeError, match=r"theirs\.yaml: cannot be read \(brackets without end\)"):
+        load_config(Config, tmp_path / "theirs.yaml", [], folder)
+
+
 @pytest.mark.parametrize(
     "address",
     ["s3://bucket/me@home/set", "http://127.0.0.1:8000/a@b", "abfs://container@account.dfs.core.windows.net/x",
