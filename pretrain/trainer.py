@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import write_png
+from torchvision.io import encode_png
 
 from cluster.checkpoint import open_checkpoints
 from cluster.errors import CheckpointError
@@ -366,9 +366,10 @@ class Trainer:
         picture = guidance_picture(canvas.cpu(), guidance.heat.float().cpu(), boxes.cpu(), crops.cpu())
         self.logger.log(self.progress.step, {"box_area": float(area)})
         self.logger.image("guidance", self.progress.step, picture)
-        folder = self.run / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(picture, str(folder / f"guidance_{self.progress.step:08d}.png"))
+        path = self.run / "samples" / f"guidance_{self.progress.step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # By Python: torchvision's own writer does not say why a storage refuses.
+        path.write_bytes(encode_png(picture).numpy().tobytes())
 
 
 def mean_losses(losses: list[Losses]) -> Losses:
