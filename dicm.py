@@ -7,6 +7,7 @@ at the top of a `cli` module, so `dicm --help` answers at once.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -51,6 +52,9 @@ resolvers.update(pretrain="pretrain.run:resolve", finetune="downstream.finetune:
 
 def main() -> None:
     """Run the command line; exit code 2 and one line on stderr for whatever the user can put right."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal cannot show, or that is not UTF-8, is no reason to end: stderr escapes it already.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except Exception as error:

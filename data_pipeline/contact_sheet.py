@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import io
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.decoding import decode_image
+from data_pipeline.decoding import decode_image, decode_indexes
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader, facts_of
@@ -148,9 +147,8 @@ def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, 
 
 def _tint_semantic(pixels: np.ndarray, data: bytes, manifest: Manifest, seen: set[int]) -> np.ndarray:
     """The pixels (H, W, 3) under the colours of the semantic classes; values go into `seen`. Background stays."""
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.NEAREST)
-        values = np.asarray(small, dtype=np.uint8)
+    mask = Image.fromarray(decode_indexes(data))
+    values = np.asarray(mask.resize((pixels.shape[1], pixels.shape[0]), Image.Resampling.NEAREST))
     pixels = pixels.copy()
     for value in map(int, np.unique(values)):
         seen.add(value)

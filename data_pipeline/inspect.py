@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
@@ -10,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline.addresses import join
+from data_pipeline.decoding import decode_indexes
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.parallel import ordered_map
@@ -102,8 +101,7 @@ def shard_facts(job: tuple[str | Path, Shard]) -> SplitFacts:
         facts.masks += len(notes.get("masks", []))
         if "mask.png" in sample:
             facts.semantic += 1
-            with Image.open(io.BytesIO(sample["mask.png"])) as mask:
-                pixels = np.bincount(np.asarray(mask, dtype=np.uint8).ravel())
+            pixels = np.bincount(decode_indexes(sample["mask.png"]).ravel())
             present = {int(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
             facts.semantic_pixels.update(present)
             facts.semantic_images.update(present.keys())

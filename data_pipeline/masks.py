@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from data_pipeline.cache import ShardCache
+from data_pipeline.decoding import decode_indexes
 from data_pipeline.errors import SampleError
 from data_pipeline.samples import (
     MIN_SIDE,
@@ -63,10 +63,10 @@ def read_mask(sample: dict[str, Any], num_classes: int) -> np.ndarray:
     """The mask (H, W) uint8 of a raw sample (UnusableError: it has none that says anything)."""
     if "mask.png" not in sample:
         raise UnusableError("image without a semantic mask")
-    data = np.frombuffer(sample["mask.png"], np.uint8)
-    mask = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
-    if mask is None or mask.dtype != np.uint8 or mask.ndim != 2:
-        raise UnusableError("mask that is no 8-bit grey PNG")
+    try:
+        mask = decode_indexes(sample["mask.png"])
+    except SampleError as error:
+        raise UnusableError("mask that is no 8-bit grey PNG") from error
     if min(mask.shape) < MIN_SIDE:
         raise UnusableError(f"image smaller than {MIN_SIDE} pixels")
     counted = mask[mask != IGNORE]

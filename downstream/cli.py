@@ -82,9 +82,11 @@ def predict(
     from downstream.predict import predict_files
 
     done = predict_files(task, run, sources, out, score, codec)
+    for reason in done.rejected:
+        console.print(f"left out: {reason}", soft_wrap=True)
     console.print(
         f"{done.num_files} files -> {out}, {done.bits_per_pixel:.4f} bpp"
-        + (f", {len(done.rejected)} left out: {', '.join(done.rejected[:3])}" if done.rejected else ""),
+        + (f", {len(done.rejected)} left out" if done.rejected else ""),
         soft_wrap=True,  # names stay whole, to be copied
     )
 

@@ -23,13 +23,14 @@ from cluster.runtime import alone
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
 from data_pipeline.files import read_file
+from data_pipeline.folders import IMAGE_SUFFIXES
 from downstream.errors import TaskError
 from downstream.inputs import check_inputs, encoder_of
 from downstream.results import RESULTS
 from downstream.runs import load_run
 from downstream.tasks import task_class
 from downstream.tasks.task import Task
-from pretrain.coding import IMAGE_SUFFIXES, STREAM_SUFFIX, targets_of, write_file
+from pretrain.coding import STREAM_SUFFIX, none_left, targets_of, write_file
 from pretrain.errors import CodecError
 
 
@@ -89,7 +90,7 @@ def predict_files(
         result.num_bytes += prediction["bytes"]
         result.num_pixels += prediction["height"] * prediction["width"]
     if result.rejected and not result.num_files:
-        raise TaskError(f"none of {len(files)} files can be used; the first: {result.rejected[0]}")
+        raise TaskError(none_left(result.rejected))
     return result
 
 

@@ -73,19 +73,21 @@ def encode(
         str | None, typer.Option(help="With --channels: base leaves the other channels out; else rest follows.")
     ] = None,
 ) -> None:
-    """Encode images to bitstreams, NAME.dicm.
+    """Encode images to bitstreams, NAME.dicm; those that cannot be decoded are left out by name.
 
     Example: dicm encode photos/ -o streams --codec codec
     """
     from pretrain.coding import encode_files
 
     result = encode_files(codec, images, out, console, rate, max_bytes, tile, precision, channels, layers)
+    for reason in result.rejected:
+        console.print(f"left out: {reason}")
     rest = result.num_bytes - result.num_base_bytes
     console.print(
         f"{result.num_files} images -> {out}: {result.num_bytes} bytes, {result.bits_per_pixel:.4f} bpp, "
         f"{result.images_per_second:.2f} images/s"
         + (f"; base {result.num_base_bytes} bytes, rest {rest}" if rest else "")
-        + (f", {len(result.rejected)} left out: {', '.join(result.rejected[:3])}" if result.rejected else "")
+        + (f", {len(result.rejected)} left out" if result.rejected else "")
     )
 
 

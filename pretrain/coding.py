@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,13 +22,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, encode_png
+from torchvision.io import encode_png
 
 from cluster.files import write_whole
+from data_pipeline.decoding import decode_image
+from data_pipeline.errors import DataError
+from data_pipeline.folders import IMAGE_SUFFIXES, files_below
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
 from pretrain.codec.config import PRECISIONS
@@ -38,7 +42,6 @@ from pretrain.codec.tiles import TILE_STEP
 from pretrain.errors import CodecError, ConfigError
 from pretrain.feature_picture import feature_picture
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 STREAM_SUFFIX = ".dicm"
 FORMATS = ("npy", "safetensors", "png")
 READERS = 2
@@ -71,11 +74,18 @@ class Encoded:
 
 
 def read_image(path: Path) -> Tensor:
-    """An image file as (3, H, W) uint8 RGB, upright; CodecError where it does not decode."""
+    """An image file as (3, H, W) uint8 RGB, upright, as `data_pipeline.decoding` does for every command.
+
+    Raises:
+        CodecError: it cannot be read, or is no image that can be decoded.
+    """
     try:
-        return decode_image(str(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError) as error:
-        raise CodecError(f"{path}: not an image that can be decoded ({str(error).splitlines()[0]})") from error
+        pixels = decode_image(path.read_bytes())
+    except OSError as error:
+        raise CodecError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except DataError as error:
+        raise CodecError(f"{path}: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_channels(path: Path) -> list[int]:
@@ -85,7 +95,7 @@ def read_channels(path: Path) -> list[int]:
         ConfigError: no such file, or none that names channels.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())  # of bytes, it passes over a byte order mark
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a file of channels ({error}); `dicm select-channels` writes one") from error
     channels = found.get("channels") if isinstance(found, dict) else found
@@ -125,7 +135,7 @@ def encode_files(
     Raises:
         ConfigError: `rate`, `max_bytes`, `tile` or `precision` out of range; a file that names no channels; a layer
             that there is not, or that cannot be left out.
-        CodecError: no image found, two images of one name, the only image fails, `out` cannot be written.
+        CodecError: no image found, two images of one name, all images fail, `out` cannot be written.
     """
     limits = _limits(rate, max_bytes, tile)
     _check_layer(last_layer)
@@ -146,8 +156,6 @@ def encode_files(
                 image = reading.result()
                 stream = _named(source, model.encode, image, **limits)
             except CodecError as error:
-                if len(files) == 1:
-                    raise
                 result.rejected.append(str(error))
                 progress.advance(task)
                 continue
@@ -159,7 +167,14 @@ def encode_files(
             result.seconds = time.perf_counter() - start
             figures = f"{result.images_per_second:.2f} images/s, {result.bits_per_pixel:.4f} bpp"
             progress.update(task, advance=1, figures=figures)
+    if not result.num_files:
+        raise CodecError(none_left(result.rejected))
     return result
+
+
+def none_left(rejected: list[str]) -> str:
+    """One line that names all files, where none could be used: each reason begins with its file."""
+    return rejected[0] if len(rejected) == 1 else f"none of {len(rejected)} files can be used: {'; '.join(rejected)}"
 
 
 def decode_files(
@@ -320,11 +335,11 @@ def _progress(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
-def targets_of(sources: list[Path], suffixes: set[str], out: Path, suffix: str) -> dict[Path, Path]:
+def targets_of(sources: list[Path], suffixes: Collection[str], out: Path, suffix: str) -> dict[Path, Path]:
     """Files of `sources`, and in folders of them those that end in `suffixes`, each with its target OUT/NAME`suffix`.
 
     Raises:
-        CodecError: no such file or folder, none that ends so, two files of one name.
+        CodecError: no such file or folder, one that cannot be listed, none that ends so, two files of one name.
     """
     files = [file for source in sources for file in _files(source, suffixes)]
     if not files:
@@ -338,10 +353,16 @@ def targets_of(sources: list[Path], suffixes: set[str], out: Path, suffix: str) 
     return {file: target for target, file in firsts.items()}
 
 
-def _files(source: Path, suffixes: set[str]) -> Iterator[Path]:
-    if not source.exists():
-        raise CodecError(f"{source}: no such file or folder")
-    if source.is_file():
-        yield source
-    else:
-        yield from sorted(path for path in source.rglob("*") if path.suffix.lower() in suffixes)
+def _files(source: Path, suffixes: Collection[str]) -> list[Path]:
+    try:
+        if not source.exists():
+            raise CodecError(f"{source}: no such file or folder")
+        if source.is_file():
+            return [source]
+        found = files_below(source)
+        dangling = (path for path in found.others if path.is_symlink())  # named when they cannot be read
+        return sorted(path for path in (*found.paths, *dangling) if path.suffix.lower() in suffixes)
+    except OSError as error:
+        raise CodecError(
+            f"{error.filename or source}: cannot be read ({error.strerror}); check its permissions"
+        ) from error

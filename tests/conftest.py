@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
@@ -170,6 +171,24 @@ def dicm(*arguments: str | Path) -> Result:
     finally:
         sys.argv = before
     return Result(code, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """`unreadable(folder)`: the folder cannot be listed, as one without permission; root reads those all the same."""
+    closed: set[str] = set()
+
+    def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
+        def listing(path: Any = ".") -> Any:
+            if os.fspath(path) in closed:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+            return function(path)
+
+        return listing
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refuse(getattr(os, name)))
+    return lambda folder: closed.add(str(folder))
 
 
 def is_alive(pid: int) -> bool:

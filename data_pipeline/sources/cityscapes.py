@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.folders import entries
 from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, choose_splits
-from data_pipeline.sources.reading import encode_mask, read_mask, read_picture
+from data_pipeline.sources.reading import encode_mask, read_mask, read_picture, refuse_turned
 
 # Class names by train id, each with its label id.
 LABEL_IDS = {
@@ -52,12 +53,19 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
     Raises:
         DataError: no image in the layout, or masks of another kind than label ids.
     """
-    found = {split: sorted((root / "leftImg8bit" / split).glob(f"*/*{IMAGE}")) for split in SPLITS}
+    rejected: list[Rejected] = []
+    found: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        for city in entries(root / "leftImg8bit" / split):
+            images, others = _files(city, IMAGE)
+            found.setdefault(split, []).extend(images)
+            if others:
+                reason = f"do not end in {IMAGE}, so are not read"
+                rejected.append(Rejected(str(city.relative_to(root)), "file", reason, len(others)))
     found = {split: images for split, images in found.items() if images}
     if not found:
         raise DataError(f"{root}: no leftImg8bit/train/CITY/*{IMAGE} in it; name a Cityscapes folder")
     jobs: dict[str, tuple[Job, ...]] = {}
-    rejected: list[Rejected] = []
     for split, images in choose_splits(found, splits, {split: split for split in found}, root).items():
         jobs[split], missing = _pair(root, images)
         rejected += missing
@@ -72,29 +80,44 @@ def _pair(root: Path, images: list[Path]) -> tuple[tuple[Job, ...], list[Rejecte
     folder = root / "gtFine" / split
     if not folder.is_dir():
         return tuple(CityJob(image, root, None) for image in images), []
-    masks = set(folder.glob(f"*/*{MASK}"))
+    masks = {(city.name, _stem(path, MASK)): path for city in entries(folder) for path in _files(city, MASK)[0]}
     if not masks:
         raise DataError(f"{folder}: no CITY/*{MASK} in it; add the masks of label ids, or remove the folder")
     jobs: list[Job] = []
     rejected = []
     for image in images:
-        mask = folder / image.parent.name / image.name.replace(IMAGE, MASK)
-        if mask in masks:
+        mask = masks.pop((image.parent.name, _stem(image, IMAGE)), None)
+        if mask is not None:
             jobs.append(CityJob(image, root, mask))
-            masks.remove(mask)
         else:
-            rejected.append(Rejected(str(image.relative_to(root)), "image", f"{mask.relative_to(root)} is missing"))
-    for mask in sorted(masks):
+            wanted = folder / image.parent.name / (_stem(image, IMAGE) + MASK)
+            rejected.append(Rejected(str(image.relative_to(root)), "image", f"{wanted.relative_to(root)} is missing"))
+    for mask in sorted(masks.values()):
         rejected.append(Rejected(str(mask.relative_to(root)), "annotation", "its image is missing"))
     return tuple(jobs), rejected
+
+
+def _files(city: Path, ending: str) -> tuple[list[Path], list[Path]]:
+    """What lies in the folder of a city, in two lists: what ends in `ending`, in capitals, too, and the rest."""
+    if not city.is_dir():
+        return [], [city]
+    lists: tuple[list[Path], list[Path]] = ([], [])
+    for path in entries(city):
+        lists[not path.name.lower().endswith(ending.lower())].append(path)
+    return lists
+
+
+def _stem(path: Path, ending: str) -> str:
+    return path.name[: -len(ending)]
 
 
 def read_sample(job: CityJob) -> Sample:
     """The image of a job with the train ids of its mask."""
     picture = read_picture(job.file)
-    sample = Sample(*picture, image_id=job.file.name.removesuffix(IMAGE))
+    sample = Sample(*picture[:4], image_id=_stem(job.file, IMAGE))
     if job.mask is not None:
         ids = read_mask(job.mask, picture.width, picture.height)
+        refuse_turned(picture, (picture.width, picture.height))
         if (wrong := ids[(ids >= NUM_LABEL_IDS) & (ids != IGNORE)]).size:
             raise DataError(
                 f"{job.mask}: value {wrong[0]} is no label id (0..{NUM_LABEL_IDS - 1} and 255 are); mend the mask"

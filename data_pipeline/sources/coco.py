@@ -18,15 +18,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.folders import entries, is_image
 from data_pipeline.sources.annotations import OtherSizeError, OutlineError, clean_boxes, outline_mask
 from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, UnusableError, choose_splits
-from data_pipeline.sources.reading import read_picture
+from data_pipeline.sources.reading import read_picture, refuse_turned
 
-FILE = re.compile(r"instances_(([A-Za-z]+)[0-9]*)\.json")
+FILE = re.compile(r"instances_(([A-Za-z]+)[0-9]*)\.(?i:json)")
+OTHER_ANNOTATIONS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")  # COCO's, without objects
 SPLITS = ("train", "val", "test")
 
 
@@ -48,8 +51,11 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
     """
     found: dict[str, Path] = {}
     rejected: list[Rejected] = []
-    for path in sorted((root / "annotations").glob("instances_*.json")):
+    for path in entries(root / "annotations"):
         if (match := FILE.fullmatch(path.name)) is None:
+            if not path.name.startswith(OTHER_ANNOTATIONS):
+                reason = "is not read; files of objects are called instances_SPLIT.json, as instances_train2017.json"
+                rejected.append(Rejected(f"annotations/{path.name}", "file", reason))
             continue
         folder, split = match.groups()
         if not (root / folder).is_dir():
@@ -81,13 +87,15 @@ def read_sample(job: CocoJob) -> Sample:
     """The image of a job with its boxes inside the image and their masks."""
     picture = read_picture(job.file)
     width, height = picture.width, picture.height
+    given = json.loads(job.annotations)
+    if given:
+        refuse_turned(picture, job.size)
     if job.size != (width, height):
         raise UnusableError(f"its annotation is of an image of {job.size[0]} x {job.size[1]}, it is {width} x {height}")
-    given = json.loads(job.annotations)
     clean = clean_boxes([(x, y, x + w, y + h) for x, y, w, h in (item["box"] for item in given)], width, height)
     kept = [given[index] for index in clean.kept]
     sample = Sample(
-        *picture,
+        *picture[:4],
         boxes=clean.boxes,
         labels=[item["label"] for item in kept],
         iscrowd=[item["iscrowd"] for item in kept],
@@ -129,9 +137,11 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
     try:
-        names = {int(entry["id"]): str(entry["name"]) for entry in content["categories"]}
-    except (KeyError, TypeError, ValueError) as error:
+        names = {_whole(entry, "id"): _text(entry, "name") for entry in content["categories"]}
+    except KeyError as error:
         raise DataError(f"{path}: a category without {error}; each needs an id and a name") from error
+    except ValueError as error:
+        raise DataError(f"{path}: a category: {error}; mend it") from error
     if len(names) != len(content["categories"]):
         raise DataError(f"{path}: two categories have one id; give each its own")
     return names
@@ -142,34 +152,45 @@ def _jobs(
 ) -> tuple[tuple[Job, ...], list[Rejected]]:
     """Jobs of the images of a file in the order of their ids, and what has no image."""
     folder = root / path.stem.removeprefix("instances_")
-    there = {entry.name for entry in folder.iterdir()}
+    there = {entry.name for entry in entries(folder)}
     labels = {number: label for label, number in enumerate(sorted(categories))}
     by_image: dict[int, list[dict[str, Any]]] = {}
+    num_crowds = 0
     for entry in content["annotations"]:
         image_id, annotation = _annotation(path, entry, labels)
         by_image.setdefault(image_id, []).append(annotation)
+        num_crowds += annotation["iscrowd"]
     jobs: list[Job] = []
     rejected: list[Rejected] = []
-    for image_id, name, size in sorted(_image(path, entry) for entry in content["images"]):
+    images = sorted(_image(path, entry) for entry in content["images"])
+    for (image_id, *_), (following, *_) in pairwise(images):
+        if image_id == following:
+            raise DataError(f"{path}: two images have the id {image_id}; give each its own")
+    for image_id, name, size in images:
         annotations = by_image.pop(image_id, [])
         if name in there:
             jobs.append(CocoJob(folder / name, root, image_id, size, json.dumps(annotations)))
         else:
             rejected.append(Rejected(f"{folder.name}/{name}", "image", f"is listed in {path.name}, but not there"))
-    if len({job.image_id for job in jobs if isinstance(job, CocoJob)}) != len(jobs):
-        raise DataError(f"{path}: two images have one id; give each its own")
+    listed = {name for _, name, _ in images}
+    if unlisted := sum(is_image(Path(name)) and name not in listed for name in there):
+        rejected.append(Rejected(folder.name, "image", f"in the folder, but not listed in {path.name}", unlisted))
     for image_id, annotations in sorted(by_image.items()):
         reason = f"of image {image_id}, which the file does not list"
         rejected.append(Rejected(str(path.relative_to(root)), "annotation", reason, len(annotations)))
+    if num_crowds:
+        whole = "all" if num_crowds == len(content["annotations"]) else f"{num_crowds} of {len(content['annotations'])}"
+        reason = f"{whole} objects are crowds (iscrowd 1), of which no detector learns"
+        rejected.append(Rejected(str(path.relative_to(root)), "crowd", reason, num_crowds))
     return tuple(jobs), rejected
 
 
 def _image(path: Path, entry: dict[str, Any]) -> tuple[int, str, tuple[int, int]]:
     try:
-        name = str(entry["file_name"])
-        image_id, size = int(entry["id"]), (int(entry["width"]), int(entry["height"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: image {entry.get('id')!r}: {error!r}; mend the entry or remove it") from error
+        name = _text(entry, "file_name")
+        image_id, size = _whole(entry, "id"), (_whole(entry, "width"), _whole(entry, "height"))
+    except (KeyError, ValueError) as error:
+        raise _refused(path, "image", entry, error) from error
     if Path(name).name != name:
         raise DataError(f"{path}: image {image_id}: file_name {name!r} is no plain file name; mend or remove it")
     return image_id, name, size
@@ -178,24 +199,89 @@ def _image(path: Path, entry: dict[str, Any]) -> tuple[int, str, tuple[int, int]
 def _annotation(path: Path, entry: dict[str, Any], labels: dict[int, int]) -> tuple[int, dict[str, Any]]:
     """An annotation's image id, and the facts of it that a job carries."""
     try:
-        category, image_id = int(entry["category_id"]), int(entry["image_id"])
-        box = [float(value) for value in entry["bbox"]]
-        area = None if entry.get("area") is None else float(entry["area"])
+        category, image_id = _whole(entry, "category_id"), _whole(entry, "image_id")
+        box = _numbers(entry["bbox"], "bbox")
+        area = None if entry.get("area") is None else _number(entry["area"], "area")
         if area is not None and not math.isfinite(area):
             raise ValueError(f"area {area} is no number of pixels")
-        outline = entry.get("segmentation") or None
         if len(box) != 4:
             raise ValueError(f"bbox has {len(box)} numbers instead of 4")
-        if isinstance(outline, list):
-            outline = [[float(value) for value in polygon] for polygon in outline]
-        elif outline is not None and not isinstance(outline, dict):
-            raise ValueError(f"segmentation {outline!r} is neither polygons nor an RLE")
-        crowd = int(bool(entry.get("iscrowd", 0)))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: annotation {entry.get('id')!r}: {error!r}; mend the entry or remove it") from error
+        outline = _outline(entry.get("segmentation") or None)
+        crowd = _flag(entry, "iscrowd")
+    except (KeyError, ValueError) as error:
+        raise _refused(path, "annotation", entry, error) from error
     if category not in labels:
         raise DataError(
             f"{path}: annotation {entry.get('id')!r}: category_id {category} is not one of its {len(labels)} "
             "categories; add the category or mend the annotation"
         )
     return image_id, {"label": labels[category], "box": box, "outline": outline, "iscrowd": crowd, "area": area}
+
+
+def _refused(path: Path, kind: str, entry: dict[str, Any], error: KeyError | ValueError) -> DataError:
+    what = f"has no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+    return DataError(f"{path}: {kind} {entry.get('id')!r}: {what}; mend the entry or remove it")
+
+
+def _outline(outline: Any) -> Any:
+    """Polygons or an RLE with numbers for what may be their text."""
+    if outline is None:
+        return None
+    if isinstance(outline, list):
+        return [_numbers(polygon, "a polygon") for polygon in outline]
+    if not isinstance(outline, dict):
+        raise ValueError(f"segmentation {outline!r} is neither polygons nor an RLE")
+    lists = {
+        key: [_whole({key: value}, key) for value in outline[key]]
+        for key in ("size", "counts")
+        if isinstance(outline.get(key), list)
+    }
+    return {**outline, **lists}
+
+
+def _numbers(values: Any, name: str) -> list[float]:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} {values!r} is no list of numbers")
+    return [_number(value, name) for value in values]
+
+
+def _number(value: Any, name: str) -> float:
+    """A JSON number, or its text; what Python would make a number as well, as `true`, is none."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError
+        return float(value)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: {value!r} is no number") from error
+
+
+def _whole(entry: dict[str, Any], name: str) -> int:
+    """A whole number, or its text; ids may have more digits than a float."""
+    value = entry[name]
+    try:
+        if isinstance(value, str) or type(value) is int:
+            return int(value)
+        if _number(value, name).is_integer():
+            return int(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {value!r} is no whole number") from error
+    raise ValueError(f"{name}: {value!r} is no whole number")
+
+
+def _flag(entry: dict[str, Any], name: str) -> int:
+    """0 or 1 of 0, 1, false, true or their text; 0 where the entry does not say."""
+    value = entry.get(name, 0)
+    text = str(value).lower() if isinstance(value, bool | int | float | str) else ""
+    if text in ("0", "0.0", "false"):
+        return 0
+    if text in ("1", "1.0", "true"):
+        return 1
+    raise ValueError(f"{name}: {value!r} is neither 0 nor 1")
+
+
+def _text(entry: dict[str, Any], name: str) -> str:
+    """A text; a class of digits may be called by a number."""
+    value = entry[name]
+    if isinstance(value, str) or type(value) is int:
+        return str(value)
+    raise ValueError(f"{name}: {value!r} is no text")

@@ -1,22 +1,25 @@
 """Folders of images: SRC/train/CLASS/*, SRC/val/CLASS/*; also SRC/CLASS/*, and images without classes.
 
-A class is a folder's name; classes are numbered in the order of these. `classes.json` ({folder: readable name})
-in SRC gives names for people. Names that begin with a dot are not looked at.
+A class is a folder's name; classes are numbered in the order of these, and one without an image keeps its number.
+`classes.json` ({folder: readable name}) in SRC gives names for people. Links are followed. Names that begin with a dot
+are not looked at; what else is not read is listed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, choose_splits
-from data_pipeline.sources.reading import SUFFIXES, read_picture
+from data_pipeline.folders import IMAGE_SUFFIXES, Files, entries, files_below, is_image
+from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, choose_splits, unread
+from data_pipeline.sources.reading import read_picture
 
 SPLITS = ("train", "val", "test")
+NAMES = "classes.json"
 
 
 @dataclass(frozen=True)
@@ -35,43 +38,57 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
     Raises:
         DataError: no image in it, splits beside class folders, or classes that train lacks.
     """
-    top = _classes(root)
-    folders = {split: root / split for split in SPLITS if split in top.folders}
-    if folders and (others := sorted(set(top.folders) - set(folders))):
+    top = _look(root)
+    folders = {split: root / split for split in SPLITS if top.images(split)}
+    if folders and (others := [name for name in top.folders if name not in folders and top.images(name)]):
         raise DataError(
             f"{root}: {', '.join(folders)} beside other folders of images ({', '.join(others[:3])}); "
             "move these into the split they belong to, or rename what is not a split"
         )
-    found = {split: _classes(folder) for split, folder in folders.items()} or {"train": top}
-    names = list(found["train"].folders) if "train" in found else []
-    names = names or sorted({name for classes in found.values() for name in classes.folders})
+    found = {split: _look(folder) for split, folder in folders.items()} or {"train": top}
+    names = list(found["train"].folders) if "train" in found and found["train"].is_labelled else []
+    names = names or sorted({name for look in found.values() if look.is_labelled for name in look.folders})
     numbers = {name: number for number, name in enumerate(names)}
     jobs: dict[str, tuple[Job, ...]] = {}
     strays = list(top.loose) if folders else []
-    for split, classes in found.items():
-        if unknown := [name for name in classes.folders if name not in numbers]:
+    left_out: list[Rejected] = []
+    if folders:
+        left_out += unread(root, _without_names(top.files), root)
+        for name in top.folders:
+            left_out += unread(root / name, top.folders[name], root) if name not in folders else []
+    for split, look in found.items():
+        if unknown := [name for name in look.folders if name not in numbers and look.images(name)]:
             raise DataError(
                 f"{root}/{split}: class folders {', '.join(unknown[:3])} are not in {root}/train; "
                 "sort its images into the classes of train, or move them away"
             )
-        if classes.folders:
-            strays += classes.loose
+        if look.is_labelled:
+            strays += look.loose
             jobs[split] = tuple(
-                ImageJob(path, root, numbers[name]) for name, paths in classes.folders.items() for path in paths
+                ImageJob(path, root, numbers[name]) for name in look.folders for path in look.images(name)
             )
-        elif classes.loose:
-            jobs[split] = tuple(ImageJob(path, root, None) for path in classes.loose)
+        elif look.loose:
+            jobs[split] = tuple(ImageJob(path, root, None) for path in look.loose)
+        left_out += unread(look.root, _without_names(look.files), root)
+        for name, files in look.folders.items():
+            left_out += unread(look.root / name, files, root)
+            if look.is_labelled and split == "train" and not look.images(name):
+                reason = "holds no image that is read, so the class has none"
+                left_out.append(Rejected(str((look.root / name).relative_to(root)), "class", reason))
     if not jobs:
-        raise DataError(f"{root}: no image in it; images end in {', '.join(SUFFIXES)}")
+        raise DataError(f"{root}: no image in it; images end in {', '.join(IMAGE_SUFFIXES)}")
     readable = _readable_names(root)
     return Listing(
         root=root,
         classes=tuple(readable.get(name, name) for name in names),
         semantic_classes=(),
         splits=choose_splits(jobs, splits, {split: split for split in jobs}, root),
-        rejected=tuple(
-            Rejected(str(path.relative_to(root)), "image", "lies beside the class folders, so it has no class")
-            for path in strays
+        rejected=(
+            *(
+                Rejected(str(path.relative_to(root)), "image", "lies beside the class folders, so it has no class")
+                for path in strays
+            ),
+            *left_out,
         ),
         read=read_sample,
     )
@@ -80,41 +97,55 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
 def read_sample(job: ImageJob) -> Sample:
     """The image of a job with its label."""
     picture = read_picture(job.file)
-    return Sample(*picture, label=job.label, image_id=job.file.stem)
+    return Sample(*picture[:4], label=job.label, image_id=job.file.stem)
 
 
 @dataclass(frozen=True)
-class _Classes:
-    folders: dict[str, list[Path]]  # by name, sorted; only those with images somewhere below
-    loose: list[Path]
+class _Look:
+    """What a folder of classes holds: the files below each folder in it, by name, and those beside them."""
+
+    root: Path
+    folders: dict[str, Files]
+    files: Files
+
+    def images(self, name: str) -> list[Path]:
+        """Images somewhere below a folder."""
+        return [path for path in self.folders[name].paths if is_image(path)] if name in self.folders else []
+
+    @property
+    def loose(self) -> list[Path]:
+        """Images beside the folders."""
+        return [path for path in self.files.paths if is_image(path)]
+
+    @cached_property
+    def is_labelled(self) -> bool:
+        """Whether there is an image in any folder."""
+        return any(self.images(name) for name in self.folders)
 
 
-def _classes(root: Path) -> _Classes:
-    folders: dict[str, list[Path]] = {}
-    loose: list[Path] = []
-    for path in sorted(path for path in root.iterdir() if not path.name.startswith(".")):
+def _look(root: Path) -> _Look:
+    folders: dict[str, Files] = {}
+    files = Files([], {})
+    for path in entries(root):
         if path.is_dir():
-            if images := _images(path):
-                folders[path.name] = images
-        elif path.suffix.lower() in SUFFIXES:
-            loose.append(path)
-    return _Classes(folders, loose)
+            folders[path.name] = files_below(path)
+        elif path.is_file():
+            files.paths.append(path)
+        else:
+            files.others[path] = "a link to nothing" if path.is_symlink() else "neither a file nor a folder"
+    return _Look(root, folders, files)
 
 
-def _images(folder: Path) -> list[Path]:
-    images = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in images if path.suffix.lower() in SUFFIXES)
+def _without_names(files: Files) -> Files:
+    return files._replace(paths=[path for path in files.paths if path.name != NAMES])
 
 
 def _readable_names(root: Path) -> dict[str, str]:
-    path = root / "classes.json"
+    path = root / NAMES
     if not path.is_file():
         return {}
     try:
-        return {str(key): str(value) for key, value in json.loads(path.read_text()).items()}
+        return {str(key): str(value) for key, value in json.loads(path.read_bytes()).items()}
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"{path}: not a JSON object of folder names and class names ({error}); mend or remove it"

@@ -30,9 +30,9 @@ def list_source(layout: str, root: Path, splits: Mapping[str, str] | None = None
     """
     if layout not in LAYOUTS:
         raise DataError(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; name one that holds images")
     try:
+        if not root.is_dir():
+            raise DataError(f"{root}: no such folder; name one that holds images")
         return LAYOUTS[layout](root, splits)
     except OSError as error:
         raise DataError(f"{error.filename or root}: cannot be read ({error.strerror}); mend its permissions") from error

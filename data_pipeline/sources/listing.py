@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
+from data_pipeline.folders import Files, is_image
 
 T = TypeVar("T")
 
@@ -22,13 +24,25 @@ class Rejected:
     """Something of the source that is not in the data set as it was, and why.
 
     `what` is "image" (left out), "box" (dropped), "clipped" (boxes cut at the image's edge), "masks" (an image kept
-    without them) or "annotation" (of an image that is not there); `count` is how many of these.
+    without them), "annotation" (of an image that is not there), "crowd" (kept; nothing is learned of it), "class" (kept
+    without an image) or "file" (of a kind that is not read); `count` is how many of these.
     """
 
     file: str
     what: str
     reason: str
     count: int = 1
+
+
+def unread(place: Path, files: Files, root: Path) -> list[Rejected]:
+    """What lies in the folder `place` and is no image by its name, counted by suffix."""
+    suffixes = Counter(path.suffix.lower() for path in files.paths if not is_image(path))
+    name = str(place.relative_to(root))
+    found = [
+        Rejected(name, "file", f"{f'end in {suffix}' if suffix else 'have no suffix'}: not read", count)
+        for suffix, count in sorted(suffixes.items())
+    ]
+    return found + [Rejected(str(path.relative_to(root)), "file", reason) for path, reason in files.others.items()]
 
 
 @dataclass

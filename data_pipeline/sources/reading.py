@@ -9,20 +9,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, SampleError
 from data_pipeline.sources.listing import UnusableError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-MASK_MODES = ("L", "P", "1")  # Pillow's names of one channel of at most eight bits
 
 
 class Picture(NamedTuple):
-    """An image file's bytes, their format (jpg, png, webp), and the size of the upright image in pixels."""
+    """An image file's bytes, their format (jpg, png, webp), and the size of the upright image in pixels.
+
+    The first four are those of a `Sample`.
+    """
 
     data: bytes
     extension: str
     width: int
     height: int
+    orientation: int  # 1..8 by EXIF or XMP; 1 is upright as stored
 
 
 def read_picture(path: Path) -> Picture:
@@ -31,14 +32,37 @@ def read_picture(path: Path) -> Picture:
     Raises:
         UnusableError: no such file, or not a JPEG, PNG or WebP that decodes.
     """
-    from data_pipeline.decoding import decode_image  # brings torch, which a refused source should not wait for
+    # Brings torch, which a refused source should not wait for.
+    from data_pipeline.decoding import decode_oriented, image_format
 
     data = read_bytes(path)
     try:
-        height, width = decode_image(data).shape[:2]
+        pixels, orientation = decode_oriented(data)
+        return Picture(data, image_format(data), pixels.shape[1], pixels.shape[0], orientation)
     except DataError as error:
         raise UnusableError(str(error)) from error
-    return Picture(data, _format(data), width, height)
+
+
+def refuse_turned(picture: Picture, noted: tuple[int, int] | None) -> None:
+    """See that annotations of an image are of its upright pixels, where EXIF or XMP turns it.
+
+    Programs that draw boxes differ in whether they turn the picture first. The size tells, where a quarter turn
+    changes it; nothing tells of half a turn, of mirroring, or of a square.
+
+    Args:
+        noted: width and height of which the annotation speaks; None where it does not say.
+
+    Raises:
+        UnusableError: they may be of the pixels as stored.
+    """
+    upright = picture.width, picture.height
+    if picture.orientation == 1 or (picture.orientation >= 5 and noted == upright and picture.width != picture.height):
+        return
+    speaks = f"its annotation of {noted[0]} x {noted[1]}" if noted else "its annotation"
+    raise UnusableError(
+        f"its EXIF orientation {picture.orientation} turns it to {upright[0]} x {upright[1]}, and {speaks} "
+        "may be of the pixels as stored; store it upright without that tag"
+    )
 
 
 def read_bytes(path: Path) -> bytes:
@@ -49,34 +73,18 @@ def read_bytes(path: Path) -> bytes:
         raise UnusableError(f"{path.name}: cannot be read ({error.strerror})") from error
 
 
-def _format(data: bytes) -> str:
-    # By content: a file's name may lie, and readers choose their decoder by the extension in the shard.
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG"):
-        return "png"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    raise UnusableError("neither JPEG, PNG nor WebP; convert it")
-
-
 def read_mask(path: Path, width: int, height: int) -> np.ndarray:
     """(height, width) uint8: the values of a mask file; of a palette image the indexes.
 
     Raises:
         UnusableError: it cannot be read, has colours instead of values, or another size than the image.
     """
+    from data_pipeline.decoding import decode_indexes
+
     try:
-        with Image.open(io.BytesIO(read_bytes(path))) as mask:
-            if mask.mode not in MASK_MODES:
-                raise UnusableError(
-                    f"{path.name}: a mask of mode {mask.mode}; one of indexes (palette or 8-bit grey) is needed"
-                )
-            values = np.asarray(mask, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UnusableError):
-            raise
-        raise UnusableError(f"{path.name}: not a mask that can be decoded ({error})") from error
+        values = decode_indexes(read_bytes(path))
+    except SampleError as error:
+        raise UnusableError(f"{path.name}: {error}") from error
     if values.shape != (height, width):
         raise UnusableError(f"{path.name}: mask of {values.shape[1]} x {values.shape[0]}, image of {width} x {height}")
     return values

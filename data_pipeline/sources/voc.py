@@ -11,7 +11,7 @@
 Splits are those of ImageSets/Main, with the semantic mask of each image that has one; where there is no train.txt,
 trainval becomes train. The lists of ImageSets/Segmentation, all of whose images have masks, are the splits
 "Segmentation/train" and so on. Classes are those of classes.txt; without it the official twenty if any of their names
-occurs, else the names that occur in train.
+occurs, else the names that occur in train. Suffixes may be in capitals.
 
 Source: Everingham et al., "The PASCAL Visual Object Classes Challenge", IJCV 2010, and its development kits.
 """
@@ -26,9 +26,10 @@ from xml.etree import ElementTree
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.folders import entries, is_image
 from data_pipeline.sources.annotations import clean_boxes
 from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, UnusableError, choose_splits
-from data_pipeline.sources.reading import SUFFIXES, encode_mask, read_mask, read_picture
+from data_pipeline.sources.reading import encode_mask, read_mask, read_picture, refuse_turned
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
@@ -60,6 +61,7 @@ class VocJob(Job):
 @dataclass(frozen=True)
 class _Annotation:
     file: Path
+    filename: str  # of its image, as it says; often of another one
     objects: tuple[VocObject, ...]
     size: tuple[int, int] | None  # width, height; None where the file leaves it out or has zeros
 
@@ -79,29 +81,39 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
         defaults = {name.removeprefix("Segmentation/"): name for name in lists if not name.endswith("/trainval")}
     chosen = choose_splits(lists, splits, defaults, root)
 
-    images = {path.stem: path for path in sorted((root / "JPEGImages").iterdir()) if path.suffix.lower() in SUFFIXES}
-    masks = {path.stem: path for path in sorted((root / "SegmentationClass").glob("*.png"))}
-    notes = {path.stem for path in (root / "Annotations").glob("*.xml")}
-    annotations = {
-        name: _annotation(root / "Annotations" / f"{name}.xml")
-        for name in dict.fromkeys(name for path in chosen.values() for name in _names(path))
-        if name in notes
-    }
+    pictures = _by_name(root / "JPEGImages")
+    masks = _one_by_name(root / "SegmentationClass", ".png")
+    notes = _one_by_name(root / "Annotations", ".xml")
+    wanted = list(dict.fromkeys(name for path in chosen.values() for name in _names(path)))
+    annotations: dict[str, _Annotation] = {}
+    unreadable: dict[str, str] = {}
+    for name in wanted:
+        if name in notes:
+            try:
+                annotations[name] = _annotation(notes[name])
+            except UnusableError as error:
+                unreadable[name] = str(error)
+    images, rejected = _images(root, wanted, pictures, annotations)
     train = _names(chosen["train"]) if "train" in chosen else list(annotations)
     classes = _classes(root, [annotations[name] for name in train if name in annotations])
     for annotation in annotations.values():
         _check_names(annotation, classes, root)
 
     jobs: dict[str, tuple[Job, ...]] = {}
-    rejected: list[Rejected] = []
     for split, path in chosen.items():
         listed = str(path.relative_to(root))
         names = _names(path)
         annotated = any(name in notes for name in names)
-        found: list[Job] = []
+        samples: list[Job] = []
         for name in names:
-            if name not in images:
+            if name not in images and name in pictures:
+                other = pictures[name][0]
+                reason = f"is listed in {listed}, but ends in {other.suffix or 'no suffix'}, which is not read"
+                rejected.append(Rejected(str(other.relative_to(root)), "image", reason))
+            elif name not in images:
                 rejected.append(Rejected(f"JPEGImages/{name}.jpg", "image", f"is listed in {listed}, but not there"))
+            elif name in unreadable:
+                rejected.append(Rejected(str(images[name].relative_to(root)), "image", unreadable[name]))
             elif annotated and name not in notes:
                 rejected.append(
                     Rejected(str(images[name].relative_to(root)), "image", f"Annotations/{name}.xml is missing")
@@ -113,9 +125,9 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
             else:
                 note = annotations.get(name)
                 objects, size = (note.objects, note.size) if note else (None, None)
-                found.append(VocJob(images[name], root, objects, size, masks.get(name), classes))
-        jobs[split] = tuple(found)
-    has_masks = any(isinstance(job, VocJob) and job.mask for found in jobs.values() for job in found)
+                samples.append(VocJob(images[name], root, objects, size, masks.get(name), classes))
+        jobs[split] = tuple(samples)
+    has_masks = any(isinstance(job, VocJob) and job.mask for samples in jobs.values() for job in samples)
     return Listing(
         root=root,
         classes=classes,
@@ -129,11 +141,13 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
 def read_sample(job: VocJob) -> Sample:
     """The image of a job with its boxes inside the image, and its semantic mask."""
     picture = read_picture(job.file)
+    if job.objects:
+        refuse_turned(picture, job.size)
     if job.size is not None and job.size != (picture.width, picture.height):
         raise UnusableError(
             f"its annotation is of an image of {job.size[0]} x {job.size[1]}, it is {picture.width} x {picture.height}"
         )
-    sample = Sample(*picture, image_id=job.file.stem)
+    sample = Sample(*picture[:4], image_id=job.file.stem)
     if job.objects is not None:
         # Pixel 1 of the file is our pixel 0, and the last pixel lies inside the box.
         corners = [(left - 1, top - 1, right, bottom) for left, top, right, bottom in (o.corners for o in job.objects)]
@@ -151,6 +165,7 @@ def read_sample(job: VocJob) -> Sample:
             sample.remarks.append(Rejected(job.name, "clipped", reason, clean.num_clipped))
     if job.mask is not None:
         values = read_mask(job.mask, picture.width, picture.height)
+        refuse_turned(picture, (picture.width, picture.height))
         if (wrong := values[(values > len(job.classes)) & (values != VOID)]).size:
             raise DataError(
                 f"{job.mask}: value {wrong[0]} is no class: 0 is background, 1..{len(job.classes)} are the classes, "
@@ -164,7 +179,8 @@ def _voc_folder(root: Path) -> Path:
     """The folder with JPEGImages: `root`, or the only one below it, as in a VOCdevkit."""
     if (root / "JPEGImages").is_dir():
         return root
-    inner = sorted(path.parent for pattern in ("*/JPEGImages", "VOCdevkit/*/JPEGImages") for path in root.glob(pattern))
+    folders = [path for place in (root, root / "VOCdevkit") if place.is_dir() for path in entries(place)]
+    inner = sorted(path for path in folders if (path / "JPEGImages").is_dir())
     if len(inner) > 1:
         raise DataError(f"{root}: holds several sets ({', '.join(path.name for path in inner)}); name one of them")
     if not inner:
@@ -181,19 +197,69 @@ def _image_lists(root: Path) -> dict[str, Path]:
     return there
 
 
+def _by_name(folder: Path) -> dict[str, list[Path]]:
+    """What lies in a folder, by its name without suffix."""
+    found: dict[str, list[Path]] = {}
+    for path in entries(folder):
+        found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def _one_by_name(folder: Path, suffix: str) -> dict[str, Path]:
+    """The files of a folder that end in `suffix`, in capitals, too, by their name without it."""
+    found: dict[str, Path] = {}
+    for path in entries(folder):
+        if path.suffix.lower() == suffix and (first := found.setdefault(path.stem, path)) is not path:
+            raise DataError(f"{first} and {path} are both of {path.stem}; move one away")
+    return found
+
+
+def _images(
+    root: Path, names: list[str], pictures: dict[str, list[Path]], annotations: dict[str, _Annotation]
+) -> tuple[dict[str, Path], list[Rejected]]:
+    """The image of each name that has one; of several, that which its annotation names, the others listed.
+
+    Raises:
+        DataError: several, of which no annotation tells which one is meant.
+    """
+    images: dict[str, Path] = {}
+    rejected: list[Rejected] = []
+    for name in names:
+        found = [path for path in pictures.get(name, ()) if is_image(path)]
+        filename = annotations[name].filename if name in annotations else None
+        meant = [path for path in found if len(found) == 1 or path.name == filename]
+        if found and not meant:
+            raise DataError(
+                f"{found[0]} and {found[1]} are both images of {name}; say in <filename> of Annotations/{name}.xml "
+                "which one its boxes are of, or move one away"
+            )
+        for path in found:
+            if path in meant:
+                images[name] = path
+            else:
+                reason = f"Annotations/{name}.xml is of {filename}"
+                rejected.append(Rejected(str(path.relative_to(root)), "image", reason))
+    return images, rejected
+
+
 def _names(path: Path) -> list[str]:
     """Image names of a list, each once."""
     try:
-        return list(dict.fromkeys(line.strip() for line in path.read_text().splitlines() if line.strip()))
+        return list(dict.fromkeys(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text file of image names ({error}); mend it") from error
 
 
 def _annotation(path: Path) -> _Annotation:
+    """The annotation of a file (DataError: broken; UnusableError: of another kind)."""
     try:
         tree = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise DataError(f"{path}: broken XML ({error}); mend it, or take its image off the list") from error
+    for element in tree.iter():
+        element.tag = element.tag.rpartition("}")[2]  # without its namespace
+    if tree.tag != "annotation":
+        raise UnusableError(f"Annotations/{path.name} is no VOC annotation: its root is <{tree.tag}>, not <annotation>")
     try:
         objects = tuple(
             VocObject(
@@ -211,7 +277,8 @@ def _annotation(path: Path) -> _Annotation:
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except (ValueError, OverflowError) as error:
         raise DataError(f"{path}: {error}; mend it, or take its image off the list") from error
-    return _Annotation(path, objects, (width, height) if width and height else None)
+    filename = (tree.findtext("filename") or "").strip()
+    return _Annotation(path, filename, objects, (width, height) if width and height else None)
 
 
 def _text(item: ElementTree.Element, tag: str) -> str:

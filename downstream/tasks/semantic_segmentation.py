@@ -29,7 +29,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from data_pipeline.errors import SampleError
+from data_pipeline.decoding import decode_image, decode_indexes
 from data_pipeline.manifest import Manifest
 from data_pipeline.masks import MaskDataset, TrainingCrops, survey_masks
 from data_pipeline.samples import once, training_loader
@@ -230,9 +230,9 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
     def _of_streams(self, samples: list[dict[str, Any]]) -> MaskBatch:
         images = None
         if self.config.distils:
-            pixels = [_decoded(sample["png"], cv2.IMREAD_COLOR_RGB) for sample in samples]
+            pixels = [decode_image(sample["png"]) for sample in samples]
             images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(self.device)
-        masks = np.stack([_decoded(sample["mask.png"], cv2.IMREAD_UNCHANGED) for sample in samples])
+        masks = np.stack([decode_indexes(sample["mask.png"]) for sample in samples])
         streams = [sample[STREAM] for sample in samples]
         return MaskBatch(images, torch.from_numpy(masks).long().to(self.device), streams)
 
@@ -339,11 +339,3 @@ class SemanticSegmentation(LatentTask[SegmentationConfig, MaskBatch]):
 def _png(pixels: np.ndarray) -> bytes:
     """PNG of (H, W) or, in OpenCV's order, (H, W, 3)."""
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
-
-
-def _decoded(data: bytes, mode: int) -> np.ndarray:
-    """Pixels of a PNG (SampleError where it is damaged)."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
-    if pixels is None:
-        raise SampleError(f"not a PNG that can be decoded ({len(data)} bytes); build the data set or the cache again")
-    return pixels

@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from data_pipeline.folders import IMAGE_SUFFIXES
 from data_pipeline.views import normalize
 from pretrain.codec import bitstream
 from pretrain.codec.config import CodecConfig
@@ -38,7 +39,6 @@ from pretrain.codec.memory import keep_freed_memory
 from pretrain.codec.precision import has_bfloat16
 from pretrain.run import resolve
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 SIZES = [(16, 16), (17, 31), (64, 65), (333, 500), (1024, 2048)]
 TILE = 256
 CONSOLE = Console(width=120)
@@ -61,7 +61,7 @@ def begin(options: argparse.Namespace, limit: int) -> list[Tensor]:
     keep_freed_memory()  # both sides; as `dicm encode` does
     if not has_bfloat16(torch.device("cpu")):
         print("this processor has no bfloat16: rows called bf16 are float32")
-    files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise SystemExit(f"error: --data {options.data}: no images")
     return [decode_image(str(path), mode=ImageReadMode.RGB) for path in files[:limit]]

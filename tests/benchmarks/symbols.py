@@ -18,10 +18,10 @@ import smoke
 import torch
 
 from data_pipeline.decoding import decode_image
+from data_pipeline.folders import IMAGE_SUFFIXES
 from pretrain.codec import symbols
 from pretrain.codec.entropy import CoderTables, LatentEntropy, scale_indexes, solve_quantiles
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.coding import IMAGE_SUFFIXES
 
 CODERS = {"range coder": symbols.SHORT_SYMBOLS, "rANS": 0}  # symbols up to which the range coder is used
 NUM_SYMBOLS, ROUNDS = 1664, 15

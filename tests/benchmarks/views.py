@@ -28,10 +28,10 @@ import torch
 from lightly.transforms import MoCoV2Transform
 
 from data_pipeline.decoding import decode_canvas
+from data_pipeline.folders import IMAGE_SUFFIXES
 from data_pipeline.views import ViewConfig, two_views
 
 PARTS = ("decode", "views")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def milliseconds(sides: dict[str, Callable[[], object]], count: int, repeat: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)
 
-    files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in options.data.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         parser.error(f"--data {options.data}: no images")
     chosen = itertools.islice(itertools.cycle(files[: options.batch]), options.batch)

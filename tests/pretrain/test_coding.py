@@ -1,19 +1,42 @@
 from __future__ import annotations
 
+import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import assert_refused, dicm
+from pictures import encoded, picture
+from PIL import Image
 from safetensors import safe_open
 from torchvision.io import ImageReadMode, decode_image, write_png
 
+from data_pipeline.decoding import decode_image as decode
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.coding import AHEAD, read_image
+from pretrain.coding import AHEAD, read_channels, read_image
 from pretrain.feature_picture import feature_picture
 
 SIZES = {"a": (40, 50), "b": (17, 64)}
+
+
+def png(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of chunks, each with the right checksum."""
+    whole = (len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4) for kind, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
+
+
+HEADER = b"\x08\x02\x00\x00\x00"
+# Two frames, the first of which is no pixels: decoders have ended the process on it.
+ANIMATED_PNG = png(
+    (b"IHDR", (96).to_bytes(4) + (64).to_bytes(4) + HEADER), (b"acTL", (2).to_bytes(4) + bytes(4)),
+    (b"fcTL", bytes(4) + (96).to_bytes(4) + (64).to_bytes(4) + bytes(14)), (b"IDAT", zlib.compress(bytes(9))),
+    (b"IEND", b""),
+)  # fmt: skip
+BOMB = png((b"IHDR", (30_000).to_bytes(4) * 2 + HEADER), (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b""))
 
 
 def write_noise(path: Path, height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -53,12 +76,61 @@ def test_encode__images_that_fail_are_left_out_by_name(exported_codec: Path, tmp
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     result = dicm("encode", tmp_path, "-o", tmp_path / "out", "--codec", exported_codec)
     assert result.returncode == 0, result.stderr
-    said = "".join(result.stdout.split())  # lines end where the terminal does, in the middle of a path too
-    assert "2leftout" in said and "tiny.png" in said and "broken.png" in said
+    assert "2 left out" in result.stdout
+    for name in ("tiny.png", "broken.png"):
+        assert f"left out: {tmp_path / name}: " in result.stdout
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.dicm"]
     assert_refused(
         dicm("encode", tmp_path / "tiny.png", "-o", tmp_path, "--codec", exported_codec), "tiny.png", "8 x 8"
     )
+
+
+def test_encode__images_that_all_fail_are_each_named(exported_codec: Path, tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(encoded(picture())[:-300])
+    (tmp_path / "b.png").write_bytes(encoded(picture(), "PNG")[:-300])
+    (tmp_path / "c.png").symlink_to("nowhere")
+    said = dicm("encode", tmp_path, "-o", tmp_path / "out", "--codec", exported_codec)
+    assert_refused(said, "none of 3 files", "a.jpg: not an image", "b.png: not an image", "c.png: cannot be read")
+    assert not (tmp_path / "out").exists()
+
+
+def test_encode__images_of_every_format_are_what_other_commands_see(
+    exported_codec: Path, codec: FeatureCodec, tmp_path: Path
+):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = cv2.imencode(".png", np.asarray(picture(seed=3)).astype(np.uint16) * 256 + 200)[1].tobytes()
+    files = {
+        b"a.webp": encoded(picture(), "WEBP", exif=turned, lossless=True),
+        b"b.jfif": encoded(picture(), exif=turned),
+        b"caf\xe9.png": deep,  # a name that is not UTF-8
+    }
+    for name, data in files.items():
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(data)
+    (tmp_path / "anim.png").write_bytes(ANIMATED_PNG)
+    (tmp_path / "bomb.png").write_bytes(BOMB)
+    result = dicm("encode", tmp_path, "-o", tmp_path / "out", "--codec", exported_codec)
+    assert result.returncode == 0, result.stderr
+    assert "anim.png: not an image that can be decoded" in result.stdout
+    assert "bomb.png: an image of 30000 x 30000, more than" in result.stdout
+    written = {os.fsencode(path.stem): path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert written == {
+        name.partition(b".")[0]: codec.encode(torch.from_numpy(decode(data)).permute(2, 0, 1))
+        for name, data in files.items()
+    }
+
+
+def test_encode__a_folder_that_cannot_be_listed_is_named(tmp_path: Path, unreadable: Callable[[Path], None]):
+    write_noise(tmp_path / "a.png", 32, 32)
+    (tmp_path / "closed").mkdir()
+    unreadable(tmp_path / "closed")
+    said = dicm("encode", tmp_path, "-o", tmp_path / "out", "--codec", "none")
+    assert_refused(said, f"{tmp_path / 'closed'}: cannot be read (Permission denied)", "check its permissions")
+
+
+def test_encode__channels_of_a_file_with_a_byte_order_mark(exported_codec: Path, tmp_path: Path):
+    (tmp_path / "channels.json").write_text("[1, 5]", "utf-8-sig")
+    assert read_channels(tmp_path / "channels.json") == [1, 5]
 
 
 def test_encode__channels_of_a_file(codec: FeatureCodec, exported_codec: Path, tmp_path: Path):

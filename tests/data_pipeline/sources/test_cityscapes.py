@@ -111,3 +111,24 @@ def test_read_sample__mask_of_another_size_leaves_the_image_out(tmp_path: Path):
     street(tmp_path, "train", "ulm", 1, np.zeros((9, 16), np.uint8))
     with pytest.raises(UnusableError, match="mask of 16 x 9, image of 16 x 8"):
         mask_of(tmp_path)
+
+
+def test_list_source__suffixes_in_capitals_are_read_and_other_files_listed(tmp_path: Path):
+    street(tmp_path, "train", "ulm", 1)
+    for path in [*(tmp_path / "leftImg8bit").rglob("*.png"), *(tmp_path / "gtFine").rglob("*labelIds.png")]:
+        path.rename(path.with_suffix(".PNG"))
+    (tmp_path / "leftImg8bit" / "train" / "ulm" / "ulm_000002_000019_leftImg8bit.jpg").touch()
+    (tmp_path / "leftImg8bit" / "train" / "bonn").mkdir()
+    listing = list_source(tmp_path)
+    assert [read_sample(job).image_id for job in listing.splits["train"]] == ["ulm_000001_000019"]
+    assert [(item.file, item.what, item.count) for item in listing.rejected] == [("leftImg8bit/train/ulm", "file", 1)]
+
+
+def test_read_sample__a_mask_of_half_a_turned_image_is_left_out(tmp_path: Path):
+    street(tmp_path, "train", "ulm", 1)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    (path,) = (tmp_path / "leftImg8bit").rglob("*.png")
+    Image.new("RGB", SIZE).save(path, exif=exif)
+    with pytest.raises(UnusableError, match="its EXIF orientation 3 turns it"):
+        read_sample(list_source(tmp_path).splits["train"][0])

@@ -137,8 +137,91 @@ def test_list_source__ids_that_are_not_unique_are_refused(tmp_path: Path, part: 
     write(tmp_path)
     path = tmp_path / "annotations" / "instances_train2017.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), part: entries[part]}))
-    with pytest.raises(DataError, match="have one id"):
+    with pytest.raises(DataError, match=r"have (one id|the id 9); give each its own"):
         list_source(tmp_path)
+    (tmp_path / "train2017" / f"{9:012d}.jpg").unlink()
+    with pytest.raises(DataError, match=r"have (one id|the id 9); give each its own"):
+        list_source(tmp_path)
+
+
+def test_list_source__text_is_read_as_the_number_that_it_says(tmp_path: Path):
+    strings = {"image_id": "9", "category_id": "7", "area": "100", "bbox": ["10", "5", "10", "10"]}
+    write(tmp_path, annotation(**strings, iscrowd="0", segmentation=[[str(value) for value in SQUARE[0]]]))
+    write(tmp_path, annotation(), split="val")
+    listing = list_source(tmp_path)
+    read = [read_sample(listing.splits[split][0]).fields("x")["json"] for split in ("train", "val")]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "crowd"), [(0, 0), (1, 1), (True, 1), (False, 0), ("0", 0), ("1", 1), ("true", 1), ("False", 0)]
+)
+def test_list_source__iscrowd_is_read_from_what_says_yes_or_no(tmp_path: Path, value: Any, crowd: int):
+    assert only(write(tmp_path, annotation(iscrowd=value))).iscrowd == [crowd]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"iscrowd": "no"}, "annotation 1: iscrowd: 'no' is neither 0 nor 1"),
+        ({"iscrowd": 2}, "annotation 1: iscrowd: 2 is neither"),
+        ({"iscrowd": None}, "annotation 1: iscrowd: None is neither"),
+        ({"image_id": 9.5}, "annotation 1: image_id: 9.5 is no whole number"),
+        ({"category_id": True}, "annotation 1: category_id: True is no whole number"),
+        ({"bbox": [True, 5, 10, 10]}, "annotation 1: bbox: True is no number"),
+        ({"bbox": "10 5 10 10"}, "annotation 1: bbox '10 5 10 10' is no list"),
+        ({"area": "large"}, "annotation 1: area: 'large' is no number"),
+        ({"segmentation": [[True] * 6]}, "annotation 1: a polygon: True is no number"),
+        ({"segmentation": {"size": [30, "wide"], "counts": [1200]}}, "annotation 1: size: 'wide' is no whole number"),
+    ],
+)
+def test_list_source__values_that_say_nothing_certain_are_refused(tmp_path: Path, fields: dict[str, Any], words: str):
+    with pytest.raises(DataError) as error:
+        list_source(write(tmp_path, annotation(**fields)))
+    assert "instances_train2017.json: " + words in str(error.value) and "mend the entry" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [({"width": 40.5}, "width: 40.5 is no whole number"), ({"file_name": None}, "file_name: None is no text"),
+     ({"height": None}, "height: None is no whole number")],
+)  # fmt: skip
+def test_list_source__images_that_say_nothing_certain_are_refused(tmp_path: Path, fields: dict, words: str):
+    with pytest.raises(DataError, match=f"image 9: {words}"):
+        list_source(write(tmp_path, images=[image(9, **fields)]))
+
+
+def test_list_source__crowds_are_counted(tmp_path: Path):
+    write(tmp_path, annotation(1, iscrowd=1), annotation(2, iscrowd=1))
+    write(tmp_path, annotation(1, iscrowd=1), annotation(2), split="val")
+    crowds = [(item.what, item.count, item.reason[:15]) for item in list_source(tmp_path).rejected]
+    assert crowds == [("crowd", 2, "all objects are"), ("crowd", 1, "1 of 2 objects ")]
+
+
+def test_list_source__what_no_annotation_file_lists_is_listed(tmp_path: Path):
+    write(tmp_path, annotation())
+    Image.new("RGB", (9, 9)).save(tmp_path / "train2017" / "extra.JPG")
+    for name in ("instances-train.json", "captions_train2017.json"):
+        (tmp_path / "annotations" / name).write_text("{}")
+    found = [(item.file, item.what, item.count) for item in list_source(tmp_path).rejected]
+    assert found == [("annotations/instances-train.json", "file", 1), ("train2017", "image", 1)]
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "used"), [(6, (30, 40), True), (6, (40, 30), False), (3, (40, 30), False)]
+)
+def test_read_sample__boxes_on_a_turned_photograph_are_used_where_they_fit_it_upright(
+    tmp_path: Path, orientation: int, size: tuple[int, int], used: bool
+):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write(tmp_path, annotation(bbox=[1, 2, 3, 4]), images=[image(9, width=size[0], height=size[1])])
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "train2017" / f"{9:012d}.jpg", exif=exif)
+    if used:
+        assert only(tmp_path).boxes == [[1, 2, 4, 6]]
+    else:
+        with pytest.raises(UnusableError, match=f"EXIF orientation {orientation} turns it"):
+            only(tmp_path)
 
 
 def test_list_source__splits_of_other_categories_are_refused(tmp_path: Path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,57 @@ def test_list_source__splits_on_request(tmp_path: Path):
     assert found(list_source(tmp_path, {"test": "val"}), tmp_path) == {"test": [("val/a/2.jpg", 0)]}
     with pytest.raises(DataError, match="no split 'x' to make 'train' of; it has train, val"):
         list_source(tmp_path, {"train": "x"})
+
+
+def listed(listing: Listing) -> list[tuple[str, str, int]]:
+    return sorted((item.file, item.what, item.count) for item in listing.rejected)
+
+
+def test_list_source__what_is_not_read_is_counted_and_its_class_keeps_its_number(tmp_path: Path):
+    tree(tmp_path, "ant/0", "ant/1", "bee/0.JPG", "cat/0.jfif", "dog/0.bmp", "dog/deep/1.bmp", "owl/0.tif", "owl/1.jpg")
+    (tmp_path / "empty").mkdir()
+    images = list_source(tmp_path)
+    assert images.classes == ("ant", "bee", "cat", "dog", "empty", "owl")
+    assert found(images, tmp_path) == {"train": [("bee/0.JPG", 1), ("cat/0.jfif", 2), ("owl/1.jpg", 5)]}
+    assert listed(images) == [
+        ("ant", "class", 1), ("ant", "file", 2), ("dog", "class", 1), ("dog", "file", 2), ("empty", "class", 1),
+        ("owl", "file", 1),
+    ]  # fmt: skip
+    assert "end in .bmp: not read" in {item.reason for item in images.rejected}
+
+
+def test_list_source__files_beside_splits_are_listed(tmp_path: Path):
+    tree(tmp_path, "train/a/1.jpg", "docs/a.md", "labels.csv")
+    assert listed(list_source(tmp_path)) == [(".", "file", 1), ("docs", "file", 1)]
+
+
+def test_list_source__links_are_followed_or_listed(tmp_path: Path):
+    root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    tree(root, "train/cat/0.jpg", "train/dog/0.jpg")
+    tree(elsewhere, "m0.jpg", "m1.jpg")
+    for place, target in {"bird": elsewhere, "cat/more": elsewhere, "cat/loop": root, "fish": root / "absent",
+                          "dog/gone.jpg": root / "absent"}.items():  # fmt: skip
+        (root / "train" / place).symlink_to(target)
+    images = list_source(root)
+    assert images.classes == ("bird", "cat", "dog")
+    assert found(images, root)["train"] == [
+        ("train/bird/m0.jpg", 0), ("train/bird/m1.jpg", 0), ("train/cat/0.jpg", 1), ("train/cat/more/m0.jpg", 1),
+        ("train/cat/more/m1.jpg", 1), ("train/dog/0.jpg", 2),
+    ]  # fmt: skip
+    assert {item.file: item.reason for item in images.rejected} == {
+        "train/fish": "a link to nothing",
+        "train/dog/gone.jpg": "a link to nothing",
+        "train/cat/loop": "a link to a folder that it lies in",
+    }
+
+
+def test_list_source__classes_json_with_a_byte_order_mark(tmp_path: Path):
+    tree(tmp_path, "n01/1.jpg")
+    (tmp_path / "classes.json").write_text('{"n01": "tench"}', "utf-8-sig")
+    assert list_source(tmp_path).classes == ("tench",)
+
+
+def test_list_source__names_that_are_not_utf8_are_read(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / os.fsdecode(b"caf\xe9.jpg")).touch()
+    assert found(list_source(tmp_path), tmp_path) == {"train": [(os.fsdecode(b"a/caf\xe9.jpg"), 0)]}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,35 @@ def test_list_source__a_file_where_a_folder_should_be(tmp_path: Path, layout: st
     with pytest.raises(DataError) as error:
         list_source(layout, tmp_path)
     assert "\n" not in str(error.value)
+
+
+FOLDERS = {
+    "imagefolder": ("train/cat/1.jpg", ("train", "train/cat")),
+    "voc": ("JPEGImages/a.jpg", ("JPEGImages", "Annotations", "SegmentationClass")),
+    "coco": ("train2017/a.jpg", ("annotations", "train2017")),
+    "cityscapes": ("leftImg8bit/train/ulm/a_leftImg8bit.png", ("leftImg8bit/train/ulm", "gtFine/train/ulm")),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"), [(layout, name) for layout, (_, names) in FOLDERS.items() for name in names]
+)
+def test_list_source__a_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, layout: str, name: str, unreadable: Callable[[Path], None]
+):
+    for folder in FOLDERS[layout][1]:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / FOLDERS[layout][0]).touch()
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    if layout == "voc":
+        (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a")
+    if layout == "coco" and name != "annotations":
+        (tmp_path / "annotations" / "instances_train2017.json").write_text(
+            '{"images": [], "annotations": [], "categories": []}'
+        )
+    if layout == "imagefolder":
+        (tmp_path / "ImageSets" / "Main").rmdir()
+    unreadable(tmp_path / name)
+    with pytest.raises(DataError) as error:
+        list_source(layout, tmp_path)
+    assert str(error.value) == f"{tmp_path / name}: cannot be read (Permission denied); mend its permissions"

@@ -15,14 +15,14 @@ from data_pipeline.sources.reading import encode_mask, read_mask, read_picture
 def test_read_picture__the_format_is_that_of_the_content(tmp_path: Path, kind: str, extension: str):
     path = tmp_path / "misnamed.jpg"
     Image.new("RGB", (9, 7)).save(path, kind)
-    assert read_picture(path) == (path.read_bytes(), extension, 9, 7)
+    assert read_picture(path) == (path.read_bytes(), extension, 9, 7, 1)
 
 
 def test_read_picture__the_size_is_that_of_the_upright_image(tmp_path: Path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (9, 7)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg")[2:] == (7, 9)
+    assert read_picture(tmp_path / "turned.jpg")[2:] == (7, 9, 6)
 
 
 def test_read_picture__what_readers_of_shards_could_not_name_is_left_out(tmp_path: Path):

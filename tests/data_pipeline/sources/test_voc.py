@@ -256,3 +256,70 @@ def test_read_sample__a_box_inside_the_image_covers_its_pixels_and_no_others(bar
         xmin, ymin, xmax, ymax = item.corners
         assert (right - left, bottom - top) == (xmax - xmin + 1, ymax - ymin + 1)
         assert left >= 0 and right <= WIDTH and top >= 0 and bottom <= HEIGHT
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_read_sample__annotations_of_a_turned_photograph(voc: Path, orientation: int):
+    """By half a turn nothing tells; by a quarter the size does."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = (WIDTH, HEIGHT) if orientation == 3 else (HEIGHT, WIDTH)
+    Image.new("RGB", stored).save(voc / "JPEGImages" / "a.jpg", exif=exif)
+    if orientation == 6:
+        assert len(read(voc).boxes or []) == 2
+        Image.new("RGB", (WIDTH, HEIGHT)).save(voc / "JPEGImages" / "a.jpg", exif=exif)
+    with pytest.raises(UnusableError, match=f"its EXIF orientation {orientation} turns it"):
+        read(voc)
+    assert read(voc, index=1).boxes == []
+
+
+def test_list_source__an_xml_of_another_kind_leaves_its_image_out_by_name(voc: Path):
+    (voc / "Annotations" / "a.xml").write_text("<annotations><image name='a.jpg'/></annotations>")
+    listing = list_source(voc)
+    assert [job.file.stem for job in listing.splits["train"]] == ["b"]
+    (item,) = listing.rejected
+    assert item.file == "JPEGImages/a.jpg" and "its root is <annotations>, not <annotation>" in item.reason
+
+
+def test_list_source__namespaces_of_xml_do_not_matter(voc: Path):
+    path = voc / "Annotations" / "a.xml"
+    plain = read(voc).boxes
+    path.write_text(path.read_text().replace("<annotation>", '<annotation xmlns="http://example.org/voc">'))
+    assert plain and read(voc).boxes == plain
+
+
+def test_list_source__suffixes_in_capitals_are_read(voc: Path):
+    for name in ("JPEGImages/a.jpg", "Annotations/a.xml", "SegmentationClass/a.png"):
+        path = voc / name
+        path.rename(path.with_suffix(path.suffix.upper()))
+    sample = read(voc)
+    assert len(sample.boxes or []) == 2 and sample.semantic is not None
+
+
+def test_list_source__of_two_images_of_a_name_the_annotated_one_is_read(voc: Path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(voc / "JPEGImages" / "a.png")
+    listing = list_source(voc)
+    assert [job.file.name for job in listing.splits["train"]] == ["a.jpg", "b.jpg"]
+    assert [item.file for item in listing.rejected] == ["JPEGImages/a.png"]
+    path = voc / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("a.jpg", "x.jpg"))
+    with pytest.raises(DataError, match=r"a\.jpg and .*a\.png are both images of a; say in <filename>"):
+        list_source(voc)
+
+
+def test_list_source__two_annotations_of_a_name_are_refused(voc: Path):
+    (voc / "Annotations" / "a.XML").write_text((voc / "Annotations" / "a.xml").read_text())
+    with pytest.raises(DataError, match=r"a\.XML and .*a\.xml are both of a; move one away"):
+        list_source(voc)
+
+
+def test_list_source__a_listed_image_of_another_format_is_named(voc: Path):
+    (voc / "JPEGImages" / "b.jpg").rename(voc / "JPEGImages" / "b.bmp")
+    (item,) = list_source(voc).rejected
+    assert item.file == "JPEGImages/b.bmp" and "ends in .bmp, which is not read" in item.reason
+
+
+def test_list_source__lists_with_a_byte_order_mark(voc: Path):
+    path = voc / "ImageSets" / "Main" / "train.txt"
+    path.write_text(path.read_text(), "utf-8-sig")
+    assert [job.file.stem for job in list_source(voc).splits["train"]] == ["a", "b"]
