@@ -32,6 +32,7 @@ from torchvision.io import encode_png
 from cluster.files import write_whole
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError
+from data_pipeline.files import read_file
 from data_pipeline.folders import IMAGE_SUFFIXES, files_below
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
@@ -80,7 +81,7 @@ def read_image(path: Path) -> Tensor:
         CodecError: it cannot be read, or is no image that can be decoded.
     """
     try:
-        pixels = decode_image(path.read_bytes())
+        pixels = decode_image(read_file(path))
     except OSError as error:
         raise CodecError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except DataError as error:
@@ -284,7 +285,7 @@ def _read_ahead(files: Iterable[Path]) -> Iterator[Future[Tensor]]:
 
 def _read_stream(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise CodecError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 

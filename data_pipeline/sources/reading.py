@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.errors import DataError, SampleError
+from data_pipeline.files import read_file
 from data_pipeline.sources.listing import UnusableError
 
 
@@ -68,7 +69,7 @@ def refuse_turned(picture: Picture, noted: tuple[int, int] | None) -> None:
 def read_bytes(path: Path) -> bytes:
     """A file's bytes; UnusableError where it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise UnusableError(f"{path.name}: cannot be read ({error.strerror})") from error
 
