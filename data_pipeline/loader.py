@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +31,14 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_canvas
 from data_pipeline.errors import DataError, SampleError
+from data_pipeline.in_hand import Board
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher, local_share
 from data_pipeline.quarantine import BadSample, Quarantine
 from data_pipeline.shards import IMAGE_EXTENSIONS, ShardReader
 
+DEAD_WORKERS = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\)")
 MOST_IN_A_ROW = 10  # bad samples that follow each other in a lane
 
 
@@ -178,8 +182,9 @@ class CanvasLoader(DataLoader[CanvasBatch]):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=one_thread,
+            worker_init_fn=partial(begin_worker, board := Board(max(num_workers, 1))),
         )
+        self.board = board
         self.canvases, self.batches, self.quarantine, self.replacements = dataset, batches, quarantine, replacements
         self.samples_ahead, self.cache_share = samples_ahead, cache_share
         self.read_bytes = self.fetched_bytes = 0
@@ -192,7 +197,12 @@ class CanvasLoader(DataLoader[CanvasBatch]):
                 for number in itertools.count():
                     if prefetcher is not None:
                         self.fetched_bytes += prefetcher.advance()
-                    delivery: Any = next(deliveries, None)
+                    try:
+                        delivery: Any = next(deliveries, None)
+                    except RuntimeError as error:
+                        if (told := worker_error(error, self.board)) is None:
+                            raise
+                        raise told from error
                     if delivery is None:
                         break
                     batch = self._mended(number, delivery)
@@ -347,11 +357,23 @@ def eval_loader(
     )
 
 
+def worker_error(error: RuntimeError, board: Board) -> DataError | None:
+    """What DataLoader raises of a worker that died, with what it had in hand; None of another error."""
+    if (match := DEAD_WORKERS.search(str(error))) is None:
+        return None
+    held = " and ".join(board.texts([int(pid) for pid in match[1].split(", ")]))
+    return DataError(
+        f"a process that decodes was ended from outside{f' while it read {held}' if held else ''}, perhaps for want of "
+        "memory; resume with fewer num_workers, or with num_workers=0, or build the data set again without that sample"
+    )
+
+
 def _as_it_is(delivery: Delivery) -> Delivery:
     return delivery
 
 
-def one_thread(_: int) -> None:
+def begin_worker(board: Board, _: int) -> None:
     """What a worker process begins with."""
+    board.join()
     # A worker is one thread by design; OpenCV's pool also does not survive the fork that made the worker.
     cv2.setNumThreads(0)

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError, SampleError
-from data_pipeline.loader import MOST_IN_A_ROW, one_thread
+from data_pipeline.in_hand import Board
+from data_pipeline.loader import MOST_IN_A_ROW, begin_worker, worker_error
 from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.parallel import ordered_map
@@ -222,8 +223,9 @@ class SampleLoader(DataLoader[list[S]]):
             collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=one_thread,
+            worker_init_fn=partial(begin_worker, board := Board(max(num_workers, 1))),
         )
+        self.board = board
         self.quarantine = quarantine
 
     def __iter__(self) -> Iterator[list[S]]:  # type: ignore[override]
@@ -239,7 +241,9 @@ class SampleLoader(DataLoader[list[S]]):
                     yield delivery.samples
             return
         except DataError as error:
-            failure = error
+            failure: Exception = error
+        except RuntimeError as error:
+            failure = worker_error(error, self.board) or error
         # Let go of the workers first: the error's traceback would keep them until it is collected.
         self._iterator = None
         raise failure
