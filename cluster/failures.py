@@ -18,9 +18,6 @@ NETWORK = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pip
 TIMED_OUT = "Timed out waiting"  # gloo's words, where a collective gives up
 PEER = "lost its connection to another"
 WAITED = "waited for another longer than cluster.timeout_seconds"
-# Of torch's DataLoader. A process that crashes, or has no room in /dev/shm, would do so again.
-DECODING = re.compile(r"DataLoader worker .*(killed by signal: Killed|exited unexpectedly)")
-CRASHED = re.compile(r"killed by signal: (?!Killed)")
 DEVICE = re.compile(r"CUDA error|uncorrectable ECC|device-side|fell off the bus")
 
 
@@ -73,7 +70,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def passing(error: Exception) -> Exception | None:
-    """The one line of a fault that may pass, or None: storage that did not answer, a decoding process that was killed.
+    """The one line of a fault that may pass, or None: storage that did not answer, an error that says so of itself.
 
     Args:
         error: as raised in a worker; what it was raised from counts, too.
@@ -85,12 +82,6 @@ def passing(error: Exception) -> Exception | None:
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if is_transient(error) and is_ours(error):
         return error
-    words = [str(each) for each in chain if isinstance(each, RuntimeError)]
-    if any(map(DECODING.search, words)) and not any(map(CRASHED.search, words)):
-        return PassingError(
-            f"a decoding process was killed, as the system does when memory runs out ({first_line(error)}); use "
-            "fewer of them, num_workers=N, or run the same command again"
-        )
     for each in chain:
         if isinstance(each, OSError) and is_passing(each):
             if is_ours(error):

@@ -63,7 +63,7 @@ def read_token(token_file: Path | None) -> tuple[str | None, str]:
     if not named:
         return None, ""
     try:
-        token = Path(named).expanduser().read_text().strip()
+        token = Path(named).expanduser().read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{named}: the token cannot be read ({getattr(error, 'strerror', 'no text')})") from error
     if not token:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.in_hand import take
 from data_pipeline.manifest import SCHEMA_VERSION, Manifest, Split
 from data_pipeline.parallel import ordered_map
 from data_pipeline.shards import ShardWriter, refuse_existing
@@ -141,6 +142,7 @@ def _write_split(
 
 
 def _read(read: Callable[[Any], Sample], job: Job) -> Sample | Rejected:
+    take(job.name)
     try:
         return read(job)
     except UnusableError as error:

@@ -99,6 +99,9 @@ def build(
     num_classes = len(built.manifest.classes)
     classes = f"of {num_classes} class{'' if num_classes == 1 else 'es'}" if num_classes else "without classes"
     left_out = f"{_rejections(built.rejected)}, see {out / REJECTED}" if built.rejected else "none left out"
+    for item in built.rejected:
+        if item.what in ("class", "crowd"):  # of these there are few, and they change what can be learned
+            console.print(f"{item.file}: {item.reason}")
     console.print(f"{counts} images {classes} -> {out}; {left_out}")
 
 
@@ -128,6 +131,9 @@ def _rejections(rejected: Iterable[Rejected]) -> str:
         "clipped": "box(es) clipped",
         "masks": "image(s) without their masks",
         "annotation": "annotation(s) without an image",
+        "class": "class(es) without an image",
+        "file": "other file(s) not read",
+        "crowd": "crowd(s) kept",
     }
     return ", ".join(f"{counts[what]} {text}" for what, text in words.items() if counts[what])
 
@@ -157,7 +163,7 @@ def inspect(
     with _bar() as bar:
         task = bar.add_task("reading", total=sum(split.num_samples for split in manifest.splits.values()))
         facts = {name: split_facts(root, manifest, name, lambda count: bar.advance(task, count)) for name in names}
-    for table in tables(manifest, facts):
+    for table in tables(manifest, facts, console.options.ascii_only):
         console.print(table)
     path = sheet or (Path() if is_remote(root) else local_folder(root)) / "contact_sheet.png"
     if names:

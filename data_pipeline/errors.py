@@ -23,6 +23,12 @@ class StoreError(DataError):
     transient = True  # a run on a cluster goes on after it
 
 
+class LostProcessError(DataError):
+    """A decoding process that was killed; another may do its work."""
+
+    transient = True  # as above
+
+
 def unusable(error: OSError, line: str) -> DataError:
     """What to raise for a storage's refusal: a StoreError where it may pass, else a DataError."""
     passes = error.errno in PASSING or isinstance(error, TimeoutError)

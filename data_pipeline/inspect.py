@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.addresses import join
 from data_pipeline.decoding import decode_indexes
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, SampleError
 from data_pipeline.manifest import Manifest, Shard, Split
 from data_pipeline.parallel import ordered_map
 from data_pipeline.shards import ShardReader, facts_of
@@ -101,7 +101,12 @@ def shard_facts(job: tuple[str | Path, Shard]) -> SplitFacts:
         facts.masks += len(notes.get("masks", []))
         if "mask.png" in sample:
             facts.semantic += 1
-            pixels = np.bincount(decode_indexes(sample["mask.png"]).ravel())
+            try:
+                pixels = np.bincount(decode_indexes(sample["mask.png"]).ravel())
+            except SampleError as error:
+                raise DataError(
+                    f"{join(root, shard.name)}, sample {index} ({sample['__key__']}): {error}; build it again"
+                ) from error
             present = {int(value): int(pixels[value]) for value in np.flatnonzero(pixels)}
             facts.semantic_pixels.update(present)
             facts.semantic_images.update(present.keys())

@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_canvas
 from data_pipeline.errors import DataError, SampleError
+from data_pipeline.in_hand import Board
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher, local_share
@@ -180,8 +182,9 @@ class CanvasLoader(DataLoader[CanvasBatch]):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=one_thread,
+            worker_init_fn=partial(begin_worker, board := Board(max(num_workers, 1))),
         )
+        self.board = board
         self.canvases, self.batches, self.quarantine, self.replacements = dataset, batches, quarantine, replacements
         self.samples_ahead, self.cache_share = samples_ahead, cache_share
         self.read_bytes = self.fetched_bytes = 0
@@ -211,7 +214,7 @@ class CanvasLoader(DataLoader[CanvasBatch]):
         except DataError as error:
             failure = error
         except (RuntimeError, OSError) as error:
-            if (told := fault_of_processes(error)) is None:
+            if (told := fault_of_processes(error, self.board)) is None:
                 raise
             failure = told
         # Let go of the workers first: the error's traceback would keep them until it is collected.
@@ -362,7 +365,8 @@ def _handed_over(delivery: Delivery) -> Delivery:
     return delivery
 
 
-def one_thread(_: int) -> None:
+def begin_worker(board: Board, _: int) -> None:
     """What a worker process begins with."""
+    board.join()
     # A worker is one thread by design; OpenCV's pool also does not survive the fork that made the worker.
     cv2.setNumThreads(0)

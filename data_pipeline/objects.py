@@ -171,7 +171,8 @@ def _inspect(sample: dict[str, Any], num_classes: int, masks: bool) -> tuple[int
         except SampleError as error:
             raise UnusableError("image that does not decode") from error
     objects, reasons = read_objects(facts, width, height, num_classes, masks)
-    return int((~objects.ignored).sum()), reasons
+    crowds = Counter({"crowd (iscrowd 1), of which nothing is learned": int(objects.crowds.sum())})
+    return int((~objects.ignored).sum()), reasons + crowds
 
 
 class ObjectDataset(SampleDataset[ObjectSample]):

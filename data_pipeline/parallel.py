@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.context import BaseContext
+from types import FrameType
 from typing import TypeVar
 
 from cluster import machine
 from data_pipeline.errors import DataError
+from data_pipeline.in_hand import Board, put_down
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -39,13 +42,34 @@ def ordered_map(
             needs others, each of its processes imports them.
 
     Raises:
-        DataError: a process was ended from outside; and whatever `function` raises.
+        DataError: a process was ended from outside, with what it had in hand (`data_pipeline.in_hand`); and whatever
+            `function` raises.
     """
     num_processes = num_processes or machine.num_processes()
     # Not forked from this process: threads of its libraries (Ray, Arrow, OpenCV) do not survive that, their locks do.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    with ProcessPoolExecutor(num_processes, context, initializer=_settle) as pool:
+    board = Board(num_processes, context)
+    try:
+        yield from _results(function, jobs, num_processes, chunk, context, board)
+    except BrokenProcessPool as error:
+        # The others were ended as well by now, and have put down what they had in hand.
+        held = " and ".join(board.texts())
+        raise DataError(
+            f"a worker process was ended from outside{f' while it read {held}' if held else ''}, perhaps for want of "
+            f"memory; run the same again, with fewer --processes{', or without that file' if held else ''}"
+        ) from error
+
+
+def _results(
+    function: Callable[[J], R],
+    jobs: Iterable[J],
+    num_processes: int,
+    chunk: int,
+    context: BaseContext,
+    board: Board,
+) -> Iterator[R]:
+    with ProcessPoolExecutor(num_processes, context, initializer=_settle, initargs=(board,)) as pool:
         left = iter(jobs)
         chunks = iter(lambda: tuple(islice(left, chunk)), ())
         pending: deque[Future[list[R]]] = deque(
@@ -56,22 +80,22 @@ def ordered_map(
                 results = pending.popleft().result()
                 pending.extend(pool.submit(_apply, function, part) for part in islice(chunks, 1))
                 yield from results
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process was ended from outside, perhaps for want of memory; run the same again, "
-                "with fewer --processes"
-            ) from error
         finally:
             for future in pending:
                 future.cancel()
 
 
 def _apply(function: Callable[[J], R], jobs: tuple[J, ...]) -> list[R]:
-    return [function(job) for job in jobs]
+    results = [function(job) for job in jobs]
+    put_down()
+    return results
 
 
-def _settle() -> None:
+def _settle(board: Board) -> None:
     """Make a new worker process one thread of work that its parent alone ends."""
+    board.join()
+    # The pool ends the others in this way when one has died: they have nothing to do with it.
+    signal.signal(signal.SIGTERM, _leave)
     # Each process has its core; OpenCV's own threads would only contend.
     import cv2
 
@@ -81,6 +105,11 @@ def _settle() -> None:
     # Ctrl-C reaches every process of the terminal; the parent sees to it, and workers have nothing to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    put_down()
+    os._exit(128 + number)
 
 
 def _follow_parent() -> None:

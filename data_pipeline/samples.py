@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_pipeline.cache import ShardCache
 from data_pipeline.decoding import decode_image
 from data_pipeline.errors import DataError, SampleError
-from data_pipeline.loader import MOST_IN_A_ROW, one_thread
+from data_pipeline.in_hand import Board
+from data_pipeline.loader import MOST_IN_A_ROW, begin_worker
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.quarantine import BadSample, Quarantine
@@ -149,8 +150,9 @@ class SampleLoader(DataLoader[list[S]]):
             collate_fn=_handed_over,  # type: ignore[arg-type]
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=one_thread,
+            worker_init_fn=partial(begin_worker, board := Board(max(num_workers, 1))),
         )
+        self.board = board
         self.quarantine = quarantine
 
     def __iter__(self) -> Iterator[list[S]]:  # type: ignore[override]
@@ -168,7 +170,7 @@ class SampleLoader(DataLoader[list[S]]):
         except DataError as error:
             failure = error
         except (RuntimeError, OSError) as error:
-            if (told := fault_of_processes(error)) is None:
+            if (told := fault_of_processes(error, self.board)) is None:
                 raise
             failure = told
         # Let go of the workers first: the error's traceback would keep them until it is collected.

@@ -33,6 +33,7 @@ from data_pipeline.addresses import is_remote, join
 from data_pipeline.cache import CachedShard, ShardCache
 from data_pipeline.errors import DataError, unusable
 from data_pipeline.files import Replacing, beside, open_file
+from data_pipeline.in_hand import take
 from data_pipeline.manifest import BLOCK, MANIFEST, Shard, Split
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
@@ -191,6 +192,7 @@ class ShardReader:
         """
         number, sample = self.locate(index)
         shard = self.split.shards[number]
+        take(f"sample {sample} of {join(self.root, shard.name)}")  # until the next: it is decoded meanwhile
         start = shard.offsets[sample]
         stop = shard.offsets[sample + 1] if sample + 1 < shard.samples else shard.bytes
         data = self._read(number, start, stop - start)

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, LostProcessError
+from data_pipeline.in_hand import Board
 
 FOLDER = "/dev/shm"
 NO_ROOM = os.strerror(errno.ENOSPC)
 MIB = 2**20
+# Of torch's DataLoader.
+DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\)")
+CRASHED = re.compile(r"killed by signal: (?!Killed)")
 
 
 def move_to_shared_memory(batch: Any) -> None:
@@ -51,14 +56,24 @@ def no_room(what: str, folder: str = FOLDER) -> DataError:
     )
 
 
-def fault_of_processes(error: Exception) -> DataError | None:
-    """What to tell of an error that torch raised for a decoding process; None where it is about something else."""
+def fault_of_processes(error: Exception, board: Board) -> DataError | None:
+    """What to tell of an error that torch raised for a decoding process; None where it is about something else.
+
+    Args:
+        board: what each of the processes has in hand.
+
+    Returns:
+        A LostProcessError where a process was killed, a DataError where it crashed and would crash again.
+    """
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return no_room("the queues of decoding processes did not fit")
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-        reason = str(error).split(". ")[0].rstrip(".")
-        return DataError(
-            f"a decoding process was ended from outside, perhaps for want of memory ({reason}); run the same again, "
-            "with a smaller num_workers if need be"
-        )
-    return None
+    if not isinstance(error, RuntimeError) or (dead := DEAD.search(str(error))) is None:
+        return None
+    reason = f"{error.__cause__ or error}".split(". ")[0].rstrip(".")
+    held = " and ".join(board.texts([int(pid) for pid in dead[1].split(", ")]))
+    line = (
+        f"a decoding process was ended from outside{f' while it read {held}' if held else ''}, perhaps for want of "
+        f"memory ({reason}); run the same again, with a smaller num_workers if need be, 0 for none, or build the data "
+        "set again without that sample"
+    )
+    return DataError(line) if CRASHED.search(reason) else LostProcessError(line)

@@ -16,20 +16,26 @@ NAME, BAR, NARROW_BAR = 20, 24, 12  # characters
 EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
-def tables(manifest: Manifest, facts: Mapping[str, SplitFacts]) -> list[Table]:
-    """Counts of the splits, and the histograms of what the data set has: classes, semantic classes, sizes."""
+def tables(manifest: Manifest, facts: Mapping[str, SplitFacts], ascii_only: bool = False) -> list[Table]:
+    """Counts of the splits, and the histograms of what the data set has: classes, semantic classes, sizes.
+
+    Args:
+        ascii_only: bars of "#", for terminals that are not UTF-8.
+    """
     found = [_splits(manifest, facts)]
     if any(of.class_images for of in facts.values()):
-        found.append(_classes(manifest, facts))
+        found.append(_classes(manifest, facts, ascii_only))
     if any(of.semantic for of in facts.values()):
-        found.append(_semantic(manifest, facts))
-    return [*found, _sizes(facts)]
+        found.append(_semantic(manifest, facts, ascii_only))
+    return [*found, _sizes(facts, ascii_only)]
 
 
-def bar(value: float, greatest: float, width: int) -> str:
-    """A bar of up to `width` characters, in eighths of one; what is not nothing shows."""
+def bar(value: float, greatest: float, width: int, ascii_only: bool = False) -> str:
+    """A bar of up to `width` characters, in eighths of one, or of whole "#"; what is not nothing shows."""
     if value <= 0 or greatest <= 0:
         return ""
+    if ascii_only:
+        return "#" * max(1, round(width * value / greatest))
     eighths = max(1, round(8 * width * value / greatest))
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
@@ -53,7 +59,7 @@ def _splits(manifest: Manifest, facts: Mapping[str, SplitFacts]) -> Table:
     return table
 
 
-def _classes(manifest: Manifest, facts: Mapping[str, SplitFacts]) -> Table:
+def _classes(manifest: Manifest, facts: Mapping[str, SplitFacts], ascii_only: bool) -> Table:
     """Images and boxes of each class, the most frequent first; bars are the first split's."""
     boxes = any(of.boxes for of in facts.values())
     kinds = ("images", "boxes") if boxes else ("images",)
@@ -70,16 +76,16 @@ def _classes(manifest: Manifest, facts: Mapping[str, SplitFacts]) -> Table:
     greatest = max(leading.values(), default=0)
     for label in order[:SHOWN_CLASSES]:
         numbers = (f"{counts[name][kind][label]:,}" for name in facts for kind in kinds)
-        table.add_row(
-            _short(manifest.classes[label]), *numbers, bar(leading[label], greatest, _bar_width(facts, kinds))
-        )
+        width = _bar_width(facts, kinds)
+        name = _short(manifest.classes[label], ascii_only)
+        table.add_row(name, *numbers, bar(leading[label], greatest, width, ascii_only))
     if rest := order[SHOWN_CLASSES:]:
         sums = (f"{sum(counts[name][kind][label] for label in rest):,}" for name in facts for kind in kinds)
         table.add_row(f"{len(rest)} more", *sums, "")
     return table
 
 
-def _semantic(manifest: Manifest, facts: Mapping[str, SplitFacts]) -> Table:
+def _semantic(manifest: Manifest, facts: Mapping[str, SplitFacts], ascii_only: bool) -> Table:
     """Images with each semantic class and its share of all pixels; bars are the first split's shares."""
     kinds = ("images", "pixels")
     table = _table(
@@ -100,11 +106,13 @@ def _semantic(manifest: Manifest, facts: Mapping[str, SplitFacts]) -> Table:
             for name, of in facts.items()
             for cell in (f"{of.semantic_images[value]:,}", f"{shares[name].get(value, 0):.1%}")
         )
-        table.add_row(str(value), _short(label), *cells, bar(leading.get(value, 0), greatest, _bar_width(facts, kinds)))
+        width = _bar_width(facts, kinds)
+        name = _short(label, ascii_only)
+        table.add_row(str(value), name, *cells, bar(leading.get(value, 0), greatest, width, ascii_only))
     return table
 
 
-def _sizes(facts: Mapping[str, SplitFacts]) -> Table:
+def _sizes(facts: Mapping[str, SplitFacts], ascii_only: bool) -> Table:
     """Images by their longer side."""
     table = _table("longer side of the images", "pixels", *facts, "", bars=True)
     total = sum((of.sides for of in facts.values()), Counter[int]())
@@ -112,7 +120,7 @@ def _sizes(facts: Mapping[str, SplitFacts]) -> Table:
         first = SIDES[number - 1] + 1 if number else 1
         name = f"{first}..{SIDES[number]}" if number < len(SIDES) else f"from {first}"
         counts = (f"{of.sides[number]:,}" for of in facts.values())
-        table.add_row(name, *counts, bar(total[number], max(total.values()), BAR))
+        table.add_row(name, *counts, bar(total[number], max(total.values()), BAR, ascii_only))
     return table
 
 
@@ -129,9 +137,9 @@ def _range(sizes: Counter[int]) -> str:
     return str(low) if low == high else f"{low}..{high}"
 
 
-def _short(name: str) -> str:
-    name = name.split(",")[0]
-    return name if len(name) <= NAME else name[: NAME - 1] + "…"
+def _short(name: str, ascii_only: bool) -> str:
+    name, more = name.split(",")[0], "..." if ascii_only else "…"
+    return name if len(name) <= NAME else name[: NAME - len(more)] + more
 
 
 def _number(count: int, one: str, many: str) -> str:

@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from pictures import encoded, picture
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from data_pipeline.cli import app
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, Split
+from data_pipeline.shards import ShardReader, ShardWriter
 
 
 def run(*arguments: str | Path) -> Result:
@@ -141,3 +147,61 @@ def test_commands__not_a_data_set(tmp_path: Path, command: str):
     assert "not a data set" in refusal(command, tmp_path)
     (tmp_path / "dataset.json").write_text("{")
     assert "damaged manifest" in refusal(command, tmp_path)
+
+
+def test_inspect__a_terminal_that_is_not_utf8_gets_bars_of_ascii_and_the_sheet(scenes: Path, tmp_path: Path):
+    sheet = tmp_path / "sheet.png"
+    result = CliRunner(charset="ascii").invoke(app, ["inspect", str(scenes), "--sheet", str(sheet)])
+    assert result.exit_code == 0, result.exception
+    assert "crescent" in result.stdout and "####" in result.stdout
+    assert sheet.is_file()
+
+
+def test_inspect__a_damaged_mask_is_named(tmp_path: Path):
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write({"__key__": "one", "png": encoded(picture(), "PNG"), "json": {}, "mask.png": b"no mask"})
+    Manifest("made", (), {"train": Split(tuple(writer.shards))}, semantic_classes=("a",)).save(tmp_path)
+    assert "train-000000.tar, sample 0 (one): not a mask that can be decoded" in refusal("inspect", tmp_path)
+
+
+def test_build__crowds_are_counted_and_told_where_all_objects_are(tmp_path: Path):
+    source, out = coco(tmp_path / "coco"), tmp_path / "out"
+    path = source / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        entry["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    result = run("build", "coco", source, out)
+    assert "instances_train2017.json: all objects are crowds (iscrowd 1)" in result.stdout
+    assert "3 crowd(s) kept" in result.stdout
+
+
+def test_build__a_class_without_an_image_is_told(tmp_path: Path):
+    source = photos(tmp_path / "in", "ant/1.png", "bee/2.bmp", "cat/3.png")
+    result = run("build", "imagefolder", source, tmp_path / "out", "--processes", 1)
+    assert "bee: holds no image that is read" in result.stdout
+    assert "2 train images of 3 classes" in result.stdout
+    assert "1 class(es) without an image, 1 other file(s) not read" in result.stdout
+    labels = [json.loads(ShardReader(tmp_path / "out", Manifest.load(tmp_path / "out").split("train")).read(index)["json"])
+              ["label"] for index in range(2)]  # fmt: skip
+    assert labels == [0, 2]
+
+
+def test_commands__names_that_are_not_utf8_go_through_build_verify_and_inspect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import dicm
+
+    folder, out = tmp_path / "in" / os.fsdecode(b"caf\xe9"), tmp_path / "out"
+    photos(folder, "1.png")
+    (folder / os.fsdecode(b"\xe9.jpg")).write_bytes(b"no image")
+    for arguments in (["build", "imagefolder", str(folder.parent), str(out), "--processes", "1"], ["verify", str(out)],
+                      ["inspect", str(out)]):  # fmt: skip
+        terminal = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, "ascii"))
+        monkeypatch.setattr(sys, "argv", ["dicm", "data", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            dicm.main()
+        sys.stdout.flush()
+        assert not ended.value.code
+    assert rb"caf\udce9" in terminal.getvalue()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +25,11 @@ from data_pipeline.loader import (
     train_loader,
 )
 from data_pipeline.manifest import Manifest, Split
+from data_pipeline.objects import ObjectDataset, survey_objects
 from data_pipeline.order import ElasticSampler, SampleOrder
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.quarantine import BadSample, Quarantine
+from data_pipeline.samples import once
 from data_pipeline.shards import ShardReader, ShardWriter
 from data_pipeline.storage import Retries
 
@@ -343,3 +348,22 @@ def test_dataset__reads_single_samples(dataset: Path) -> None:
     data = CanvasDataset(dataset, "train", CANVAS)
     assert len(data) == 30
     assert (data[11].label, data[11].index, data[11].pixels.shape) == (1, 11, (3, CANVAS, CANVAS))
+
+
+@pytest.mark.parametrize("kind", ["canvases", "samples"])
+def test_loaders__a_worker_that_dies_names_what_it_had_in_hand(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    def crash(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    monkeypatch.setattr("data_pipeline.loader.decode_canvas", crash)
+    monkeypatch.setattr("data_pipeline.samples.decode_image", crash)
+    if kind == "canvases":
+        batches: Iterator[object] = iter(eval_loader(scenes, canvas_size=16, batch_size=4, num_workers=1))
+    else:
+        usable = survey_objects(scenes, "val", 10, masks=False).usable
+        batches = once(ObjectDataset(scenes, "val", usable, 10, masks=False), num_workers=1)
+    with pytest.raises(DataError, match=r"ended from outside while it read sample 0 of \S+val-000000\.tar") as error:
+        next(batches)
+    assert "num_workers" in str(error.value) and "\n" not in str(error.value)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from small_objects import SIZES, rectangles, write_objects
 
 from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, Split
 from data_pipeline.objects import (
     ObjectDataset,
     facts_from,
@@ -20,6 +21,7 @@ from data_pipeline.objects import (
     survey_objects,
 )
 from data_pipeline.samples import once, training_loader
+from data_pipeline.shards import ShardWriter
 from data_pipeline.sources.annotations import encode_mask
 from data_pipeline.surveys import UnusableError
 
@@ -194,3 +196,12 @@ def test_facts_from__is_read_back(mixed: Path):
         assert not left_out
         for one, other in zip(objects, sample.objects, strict=True):
             assert torch.equal(one, other)
+
+
+def test_survey_objects__crowds_are_told(tmp_path: Path):
+    facts = {"width": 40, "height": 30, "boxes": [[0, 0, 9, 9]] * 2, "labels": [0, 0], "iscrowd": [1, 1]}
+    with ShardWriter(tmp_path, "train") as writer:
+        writer.write({"__key__": "one", "png": b"", "json": facts})
+    Manifest("crowds", ("a",), {"train": Split(tuple(writer.shards))}).save(tmp_path)
+    found = survey_objects(tmp_path, "train", 1, masks=False)
+    assert found.found == 0 and found.left_out == {"crowd (iscrowd 1), of which nothing is learned": 2}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -8,6 +9,7 @@ from itertools import islice
 import pytest
 
 from data_pipeline.errors import DataError
+from data_pipeline.in_hand import take
 from data_pipeline.parallel import ordered_map
 
 
@@ -54,3 +56,16 @@ def test_ordered_map__a_process_that_was_ended_is_told_in_one_line():
 def test_ordered_map__passes_errors_on():
     with pytest.raises(KeyError):
         list(ordered_map(_fail, range(3), 1))
+
+
+def _die_on_three(number: int) -> int:
+    take(f"picture {number}")
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(0.01)
+    return number
+
+
+def test_ordered_map__names_what_a_process_that_died_had_in_hand():
+    with pytest.raises(DataError, match=r"ended from outside while it read picture 3, perhaps"):
+        list(ordered_map(_die_on_three, range(40), 2, chunk=1))

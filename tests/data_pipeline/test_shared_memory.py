@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from data_pipeline.errors import DataError, LostProcessError
+from data_pipeline.in_hand import Board
 from data_pipeline.shared_memory import fault_of_processes, no_room
 
 SMALL = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
@@ -57,9 +59,32 @@ def test_no_room__tells_the_size_and_what_is_free(tmp_path: Path):
     assert "9 bytes" in message and "num_workers=0" in message and "\n" not in message
 
 
-def test_fault_of_processes__is_one_line_of_those_alone():
-    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
-    assert "ended from outside" in str(fault_of_processes(killed)) and "pid 7" in str(fault_of_processes(killed))
-    assert "/dev/shm" in str(fault_of_processes(OSError(errno.ENOSPC, "No space left on device")))
-    assert fault_of_processes(RuntimeError("shapes do not fit")) is None
-    assert fault_of_processes(OSError(errno.EACCES, "Permission denied")) is None
+KILLED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+CRASHED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
+GONE = "DataLoader worker (pid(s) 7) exited unexpectedly"
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    """`error` as it is once it was raised from `cause`."""
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (KILLED, LostProcessError), (caused(RuntimeError(GONE), KILLED), LostProcessError),
+        (RuntimeError(GONE), LostProcessError), (CRASHED, DataError), (caused(RuntimeError(GONE), CRASHED), DataError),
+    ],
+)  # fmt: skip
+def test_fault_of_processes__another_may_do_what_a_killed_one_did_not(error: Exception, kind: type[DataError]):
+    fault = fault_of_processes(error, Board(1))
+    assert type(fault) is kind and "ended from outside" in str(fault) and "pid" in str(fault)
+    assert "\n" not in str(fault)
+
+
+def test_fault_of_processes__is_of_those_alone():
+    board = Board(1)
+    assert "/dev/shm" in str(fault_of_processes(OSError(errno.ENOSPC, "No space left on device"), board))
+    assert fault_of_processes(RuntimeError("shapes do not fit"), board) is None
+    assert fault_of_processes(OSError(errno.EACCES, "Permission denied"), board) is None

@@ -106,7 +106,7 @@ def test_faults__no_image(tmp_path: Path):
         (mask(3), "semantic value 3 of 3 semantic classes"),
         (mask(0, width=9), "semantic mask of 9 x 12"),
         (image(), "mode RGB"),
-        (b"no png", "cannot identify"),
+        (b"no png", "not a mask that can be decoded"),
     ],
 )
 def test_faults__semantic_mask(tmp_path: Path, data: bytes, words: str):
