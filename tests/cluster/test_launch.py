@@ -25,6 +25,7 @@ from worker_functions import (
     die_once_write_facts_and_step,
     facts_of,
     fail_with_our_error,
+    lose_a_worker,
     write_facts,
 )
 
@@ -177,6 +178,17 @@ def test_launch__our_error_in_a_worker_comes_back_as_it_was_raised(tmp_path: Pat
     assert said
     assert re.match(r"worker 1 on node [\d.]+ \([0-9a-f]{8}, process \d+\)", said[1])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.usefixtures("_ray")
+def test_launch__storage_that_does_not_answer_is_a_lost_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "faults").write_text("stale")
+    on_ray(lose_a_worker, tmp_path)
+    first, second = (tmp_path / "starts").read_text().splitlines()
+    assert first == "first" and "was lost (/shared/train-000000.tar: Stale file handle" in second
+    assert "Stale file handle" in caplog.text and "going on from the newest checkpoint" in caplog.text
 
 
 @pytest.mark.cluster
