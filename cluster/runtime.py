@@ -32,6 +32,7 @@ from cluster.options import TIMEOUT_SECONDS, ClusterConfig
 C = TypeVar("C")
 WorkerFunction = Callable[["Runtime", C], None]
 CPU = torch.device("cpu")
+NOTICE = "dicm_notice"  # in the store of a group: what a rank other than 0 was told
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -149,9 +150,9 @@ class Runtime:
         """Of rank 0, the greatest notice that any rank was told so far; the others leave theirs in the store."""
         store = dist.distributed_c10d._get_default_store()
         if self.rank == 0:
-            return max([notice, *(told for told in Notice if told and store.check([f"notice {told}"]))])
+            return max(notice, Notice(int(store.get(NOTICE)))) if store.check([NOTICE]) else notice
         if notice > self._passed_on:
-            store.set(f"notice {notice}", "")
+            store.set(NOTICE, str(int(notice)))
             self._passed_on = notice
         return notice
 

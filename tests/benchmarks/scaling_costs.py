@@ -49,7 +49,7 @@ class Inputs:
     # Measured.
     sample_bytes: float = 119_300.0  # in a shard
     decode: float = 1 / 515  # of an image, on one core
-    control_hop: float = 126e-6  # a number from rank to rank through gloo
+    control_hop: float = 318e-6  # a number from rank to rank through gloo
     checkpoint_write: float = 0.36e9  # bytes a second from one process, hashing and fsync included
     restart: float = 13.0  # from a killed node to the next step, without reading the checkpoint: recovery.py
     # What could be changed; see `changes`.
