@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from data_pipeline.addresses import is_remote, join, local_folder
 from data_pipeline.errors import DataError
-from data_pipeline.files import Replacing
+from data_pipeline.files import Replacing, read_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "dataset.json"
@@ -207,7 +207,7 @@ def _manifest_text(root: str | Path) -> tuple[str, bytes]:
             f"`dicm data build imagefolder {root} OUT`"
         )
     try:
-        return path, (folder / MANIFEST).read_bytes()
+        return path, read_file(folder / MANIFEST)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); mend its permissions") from error
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import read_file
 from data_pipeline.folders import entries, is_image
 from data_pipeline.sources.annotations import OtherSizeError, OutlineError, clean_boxes, outline_mask
 from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, UnusableError, choose_splits
@@ -30,6 +31,7 @@ from data_pipeline.sources.reading import read_picture, refuse_turned
 
 FILE = re.compile(r"instances_(([A-Za-z]+)[0-9]*)\.(?i:json)")
 OTHER_ANNOTATIONS = ("captions_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")  # COCO's, without objects
+LARGEST_JSON = 2**34  # bytes; COCO's own has half a gigabyte
 SPLITS = ("train", "val", "test")
 
 
@@ -123,7 +125,9 @@ def read_sample(job: CocoJob) -> Sample:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_file(path, LARGEST_JSON))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken JSON ({error}); fetch or export it again") from error
     if not isinstance(content, dict):

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import read_file
 from data_pipeline.folders import IMAGE_SUFFIXES, Files, entries, files_below, is_image
 from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, choose_splits, unread
 from data_pipeline.sources.reading import read_picture
@@ -145,7 +146,9 @@ def _readable_names(root: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        return {str(key): str(value) for key, value in json.loads(path.read_bytes()).items()}
+        return {str(key): str(value) for key, value in json.loads(read_file(path)).items()}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"{path}: not a JSON object of folder names and class names ({error}); mend or remove it"

@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import read_file
 from data_pipeline.folders import entries, is_image
 from data_pipeline.sources.annotations import clean_boxes
 from data_pipeline.sources.listing import Job, Listing, Rejected, Sample, UnusableError, choose_splits
@@ -245,7 +246,10 @@ def _images(
 def _names(path: Path) -> list[str]:
     """Image names of a list, each once."""
     try:
-        return list(dict.fromkeys(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()))
+        lines = map(str.strip, read_file(path).decode("utf-8-sig").splitlines())
+        return list(dict.fromkeys(filter(None, lines)))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a text file of image names ({error}); mend it") from error
 

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.errors import CheckpointError, PassingError, PeerLost, Restart, RunError
 from cluster.failures import cause_of, is_peer_lost, passing
-from data_pipeline.errors import DataError, StoreError
+from data_pipeline.errors import DataError, LostProcessError, StoreError
 
 
 class ActorDiedError(Exception):
