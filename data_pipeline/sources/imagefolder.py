@@ -145,8 +145,12 @@ def _readable_names(root: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        return {str(key): str(value) for key, value in json.loads(path.read_bytes()).items()}
+        names = dict(json.loads(path.read_bytes()).items())
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"{path}: not a JSON object of folder names and class names ({error}); mend or remove it"
         ) from error
+    for folder, name in names.items():
+        if not isinstance(name, str):
+            raise DataError(f"{path}: the name of {folder!r} is {name!r}, no text; mend it")
+    return names
