@@ -24,6 +24,7 @@ from data_pipeline.sources.layouts import list_source
 from data_pipeline.unfinished import PRELOAD, Step, UnfinishedBuild
 
 REJECTED = "rejected.jsonl"
+REMEDY = "with fewer --processes"
 JOBS_AT_ONCE = 8  # a process holds so many images; street scenes take megabytes each
 
 
@@ -124,7 +125,7 @@ def _write_split(
         unfinished.record(Step(writer.split, next_job, shard, tuple(rejected)))
         rejected.clear()
 
-    results = ordered_map(partial(_read, listing.read), jobs[start:], num_processes, JOBS_AT_ONCE, PRELOAD)
+    results = ordered_map(partial(_read, listing.read), jobs[start:], num_processes, JOBS_AT_ONCE, PRELOAD, REMEDY)
     num_shards = len(writer.shards)
     for number, result in enumerate(results, start):
         if isinstance(result, Rejected):

@@ -29,6 +29,7 @@ def ordered_map(
     num_processes: int | None = None,
     chunk: int = 16,
     preload: Sequence[str] = (),
+    remedy: str = "with more free memory",
 ) -> Iterator[R]:
     """Results of `function` over `jobs`, in the order of the jobs, computed by `num_processes` processes.
 
@@ -40,6 +41,7 @@ def ordered_map(
         function, jobs: are pickled.
         preload: names of modules that the processes share. The first map of a program decides; where a later one
             needs others, each of its processes imports them.
+        remedy: how to run the same again after a process was ended from outside.
 
     Raises:
         DataError: a process was ended from outside, with what it had in hand (`data_pipeline.in_hand`); and whatever
@@ -57,7 +59,7 @@ def ordered_map(
         held = " and ".join(board.texts())
         raise DataError(
             f"a worker process was ended from outside{f' while it read {held}' if held else ''}, perhaps for want of "
-            f"memory; run the same again, with fewer --processes{', or without that file' if held else ''}"
+            f"memory; run the same again, {remedy}{', or without that file' if held else ''}"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """Files to streams and streams to features, for the commands `dicm encode` and `dicm decode`.
 
-    images -> read ahead in threads -> FeatureCodec.encode -> NAME.dicm
+    images -> read ahead in processes -> FeatureCodec.encode -> NAME.dicm
     NAME.dicm -> FeatureCodec.decode -> NAME.npy | NAME.safetensors | NAME.png
 
 On a CPU the network takes nearly all of the time, and all cores; reading, the one part whose time depends on
@@ -13,11 +13,8 @@ import io
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +27,11 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from cluster.files import write_whole
-from data_pipeline.decoding import decode_image
-from data_pipeline.errors import DataError
+from data_pipeline.decoding import try_decode
+from data_pipeline.errors import SampleError
 from data_pipeline.files import read_file
 from data_pipeline.folders import IMAGE_SUFFIXES, files_below
+from data_pipeline.parallel import ordered_map
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
 from pretrain.codec.config import PRECISIONS
@@ -45,9 +43,7 @@ from pretrain.feature_picture import feature_picture
 
 STREAM_SUFFIX = ".dicm"
 FORMATS = ("npy", "safetensors", "png")
-READERS = 2
-# Images that are read or being read while one is encoded; bounds memory.
-AHEAD = 4
+READERS = 2  # processes; at most four images of each are read or being read while one is encoded
 
 R = TypeVar("R")
 
@@ -80,13 +76,7 @@ def read_image(path: Path) -> Tensor:
     Raises:
         CodecError: it cannot be read, or is no image that can be decoded.
     """
-    try:
-        pixels = decode_image(read_file(path))
-    except OSError as error:
-        raise CodecError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    except DataError as error:
-        raise CodecError(f"{path}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return _image(try_decode(path))
 
 
 def read_channels(path: Path) -> list[int]:
@@ -152,9 +142,9 @@ def encode_files(
     result, start = Encoded(), time.perf_counter()
     with _progress(console) as progress:
         task = progress.add_task("encoding", total=len(files), figures="")
-        for (source, target), reading in zip(files.items(), _read_ahead(files), strict=True):
+        for (source, target), pixels in zip(files.items(), _read_ahead(list(files)), strict=True):
             try:
-                image = reading.result()
+                image = _image(pixels)
                 stream = _named(source, model.encode, image, **limits)
             except CodecError as error:
                 result.rejected.append(str(error))
@@ -269,18 +259,21 @@ def _format_of_file(out: Path, format: str | None) -> str | None:
     return suffix
 
 
-def _read_ahead(files: Iterable[Path]) -> Iterator[Future[Tensor]]:
-    """Every image in order, the next few read in threads meanwhile."""
-    left = iter(files)
-    with ThreadPoolExecutor(READERS) as pool:
-        pending = deque(pool.submit(read_image, file) for file in islice(left, AHEAD))
-        try:
-            while pending:
-                yield pending.popleft()
-                pending.extend(pool.submit(read_image, file) for file in islice(left, 1))
-        finally:
-            for future in pending:
-                future.cancel()
+def _read_ahead(files: list[Path]) -> Iterator[np.ndarray | SampleError]:
+    """Every image in order, or why it cannot be read, the next few read by other processes meanwhile.
+
+    Not by threads: a decoder that dies on a damaged file would take this process and the file's name with it.
+    """
+    if len(files) == 1:
+        return iter([try_decode(files[0])])
+    return ordered_map(try_decode, files, READERS, chunk=1, preload=["data_pipeline.decoding"])
+
+
+def _image(pixels: np.ndarray | SampleError) -> Tensor:
+    """(3, H, W) uint8 of pixels (H, W, 3); what came in their place is raised as CodecError."""
+    if isinstance(pixels, SampleError):
+        raise CodecError(str(pixels)) from pixels
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def _read_stream(path: Path) -> bytes:

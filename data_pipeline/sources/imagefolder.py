@@ -146,10 +146,14 @@ def _readable_names(root: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        return {str(key): str(value) for key, value in json.loads(read_file(path)).items()}
+        names = dict(json.loads(read_file(path)).items())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, AttributeError) as error:
         raise DataError(
             f"{path}: not a JSON object of folder names and class names ({error}); mend or remove it"
         ) from error
+    for folder, name in names.items():
+        if not isinstance(name, str):
+            raise DataError(f"{path}: the name of {folder!r} is {name!r}, no text; mend it")
+    return names

@@ -274,12 +274,12 @@ def _annotation(path: Path) -> _Annotation:
                     float(_text(item, "bndbox/xmax")),
                     float(_text(item, "bndbox/ymax")),
                 ),
-                difficult=bool(int(item.findtext("difficult") or 0)),
+                difficult=_flag(item, "difficult"),
             )
             for item in tree.findall("object")
         )
-        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-    except (ValueError, OverflowError) as error:
+        width, height = (_pixels(tree, f"size/{side}") for side in ("width", "height"))
+    except ValueError as error:
         raise DataError(f"{path}: {error}; mend it, or take its image off the list") from error
     filename = (tree.findtext("filename") or "").strip()
     return _Annotation(path, filename, objects, (width, height) if width and height else None)
@@ -290,6 +290,22 @@ def _text(item: ElementTree.Element, tag: str) -> str:
     if not text:
         raise ValueError(f"an object without <{tag.replace('/', '><')}>")
     return text
+
+
+def _flag(item: ElementTree.Element, tag: str) -> bool:
+    """0, 1, false or true; false where the object does not say."""
+    text = (item.findtext(tag) or "").strip().lower()
+    if text not in ("", "0", "1", "false", "true"):
+        raise ValueError(f"<{tag}> {text!r} is neither 0 nor 1")
+    return text in ("1", "true")
+
+
+def _pixels(tree: ElementTree.Element, tag: str) -> int:
+    """A whole number; 0 where the file does not say."""
+    number = float((tree.findtext(tag) or "").strip() or 0)
+    if not number.is_integer():
+        raise ValueError(f"<{tag.replace('/', '><')}> {number:g} is no whole number")
+    return int(number)
 
 
 def _classes(root: Path, annotations: list[_Annotation]) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def _end(number: int) -> int:
 
 
 def test_ordered_map__a_process_that_was_ended_is_told_in_one_line():
-    with pytest.raises(DataError, match=r"a worker process was ended from outside.*--processes") as error:
+    with pytest.raises(DataError, match=r"a worker process was ended from outside.*run the same again, with") as error:
         list(ordered_map(_end, range(3), 1))
     assert "\n" not in str(error.value)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from safetensors import safe_open
 from torchvision.io import ImageReadMode, decode_image, write_png
 
 from data_pipeline.decoding import decode_image as decode
+from data_pipeline.decoding import try_decode
+from data_pipeline.in_hand import take
 from pretrain.codec.feature_codec import FeatureCodec
-from pretrain.coding import AHEAD, read_channels, read_image
+from pretrain.coding import READERS, read_channels, read_image
 from pretrain.feature_picture import feature_picture
 
 SIZES = {"a": (40, 50), "b": (17, 64)}
@@ -62,7 +65,9 @@ def streams(codec: FeatureCodec, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_encode__a_folder_gives_each_image_its_own_stream(codec: FeatureCodec, exported_codec: Path, tmp_path: Path):
     (tmp_path / "images").mkdir()
-    images = {f"{i:02d}": write_noise(tmp_path / "images" / f"{i:02d}.png", 16 + i, 32, i) for i in range(AHEAD + 3)}
+    images = {
+        f"{i:02d}": write_noise(tmp_path / "images" / f"{i:02d}.png", 16 + i, 32, i) for i in range(4 * READERS + 3)
+    }
     result = dicm("encode", tmp_path / "images", "-o", tmp_path / "out" / "streams", "--codec", exported_codec)
     assert result.returncode == 0, result.stderr
     assert f"{len(images)} images" in result.stdout and "bpp" in result.stdout and "images/s" in result.stdout
@@ -112,7 +117,7 @@ def test_encode__images_of_every_format_are_what_other_commands_see(
     result = dicm("encode", tmp_path, "-o", tmp_path / "out", "--codec", exported_codec)
     assert result.returncode == 0, result.stderr
     assert "anim.png: not an image that can be decoded" in result.stdout
-    assert "bomb.png: an image of 30000 x 30000, more than" in result.stdout
+    assert "bomb.png: an image of more than 178956970 pixels" in result.stdout
     written = {os.fsencode(path.stem): path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert written == {
         name.partition(b".")[0]: codec.encode(torch.from_numpy(decode(data)).permute(2, 0, 1))
@@ -294,3 +299,21 @@ def test_commands__refuse_impossible_options(
     source = tmp_path / "a.png" if command == "encode" else streams / "a.dicm"
     said = dicm(command, source, "-o", tmp_path / "out", "--codec", exported_codec, option, value)
     assert_refused(said, f"{option}={value}", "choose")
+
+
+def test_encode__a_reader_that_dies_names_its_image(
+    exported_codec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("a", "b", "c"):
+        write_noise(tmp_path / f"{name}.png", 16, 32)
+    monkeypatch.setattr("pretrain.coding.try_decode", die_on_b)
+    said = dicm("encode", tmp_path, "-o", tmp_path / "out", "--codec", exported_codec)
+    assert_refused(said, f"ended from outside while it read {tmp_path / 'b.png'}", "without that file")
+
+
+def die_on_b(path: Path) -> object:
+    """A decoder that ends its process on b.png."""
+    take(str(path))
+    if path.name == "b.png":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return try_decode(path)

@@ -152,3 +152,10 @@ def test_list_source__names_that_are_not_utf8_are_read(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / os.fsdecode(b"caf\xe9.jpg")).touch()
     assert found(list_source(tmp_path), tmp_path) == {"train": [(os.fsdecode(b"a/caf\xe9.jpg"), 0)]}
+
+
+def test_list_source__class_names_that_are_no_text_are_refused(tmp_path: Path):
+    tree(tmp_path, "a/1.jpg")
+    (tmp_path / "classes.json").write_text('{"a": ["tench"]}')
+    with pytest.raises(DataError, match=r"classes\.json: the name of 'a' is \['tench'\], no text; mend it"):
+        list_source(tmp_path)

@@ -323,3 +323,24 @@ def test_list_source__lists_with_a_byte_order_mark(voc: Path):
     path = voc / "ImageSets" / "Main" / "train.txt"
     path.write_text(path.read_text(), "utf-8-sig")
     assert [job.file.stem for job in list_source(voc).splits["train"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [("<difficult>0<", "<difficult>2<", "<difficult> '2' is neither 0 nor 1"),
+     ("<difficult>0<", "<difficult>no<", "<difficult> 'no' is neither 0 nor 1"),
+     (f"<width>{WIDTH}<", "<width>40.5<", "<size><width> 40.5 is no whole number")],
+)  # fmt: skip
+def test_list_source__values_that_say_nothing_certain_are_refused(voc: Path, old: str, new: str, words: str):
+    path = voc / "Annotations" / "a.xml"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(DataError) as error:
+        list_source(voc)
+    assert str(error.value) == f"{path}: {words}; mend it, or take its image off the list"
+
+
+def test_list_source__difficult_may_be_a_word(voc: Path):
+    path = voc / "Annotations" / "a.xml"
+    path.write_text(path.read_text().replace("<difficult>0<", "<difficult>True<"))
+    assert read(voc).difficult == [True, True]
