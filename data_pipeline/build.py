@@ -24,6 +24,7 @@ from data_pipeline.sources.layouts import list_source
 from data_pipeline.unfinished import PRELOAD, Step, UnfinishedBuild
 
 REJECTED = "rejected.jsonl"
+NAMED = 10  # images that an error names
 REMEDY = "with fewer --processes"
 JOBS_AT_ONCE = 8  # a process holds so many images; street scenes take megabytes each
 
@@ -159,10 +160,11 @@ def _summary(
     splits = {split: Split(tuple(found)) for split, found in shards.items() if found}
     if not splits:
         images = [item for item in rejected if item.what == "image"]
-        first = f" ({images[-1].file}: {images[-1].reason})" if images else ""
+        named = [f"{item.file}: {item.reason}" for item in images[-NAMED:]]
+        more = ["..."] if len(images) > NAMED else []
         raise DataError(
-            f"{listing.root}: none of its {len(images)} images can be used{first}; "
-            "name a folder of JPEG, PNG or WebP images"
+            f"{listing.root}: none of its {sum(item.count for item in images)} images can be used "
+            f"({'; '.join([*named, *more])}); name a folder of JPEG, PNG or WebP images"
         )
     name = listing.root.resolve().name
     return Manifest(name, listing.classes, splits, semantic_classes=listing.semantic_classes), rejected

@@ -30,7 +30,7 @@ from downstream.results import RESULTS
 from downstream.runs import load_run
 from downstream.tasks import task_class
 from downstream.tasks.task import Task
-from pretrain.coding import STREAM_SUFFIX, none_left, targets_of, write_file
+from pretrain.coding import STREAM_SUFFIX, none_left, targets_of, unread_images, write_file
 from pretrain.errors import CodecError
 
 
@@ -74,7 +74,7 @@ def predict_files(
     if twice := [source for source in files if source.resolve() in {path.resolve() for path in own}]:
         raise TaskError(f"{twice[0]} would be overwritten by what is found in it; name another folder with -o")
     model = load_task(task, run, codec)
-    result = Predicted()
+    result = Predicted(rejected=unread_images(sources))
     for source, target in files.items():
         try:
             prediction, picture = _predict(model, source)

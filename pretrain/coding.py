@@ -30,7 +30,7 @@ from cluster.files import write_whole
 from data_pipeline.decoding import try_decode
 from data_pipeline.errors import SampleError
 from data_pipeline.files import read_file
-from data_pipeline.folders import IMAGE_SUFFIXES, files_below
+from data_pipeline.folders import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, files_below
 from data_pipeline.parallel import ordered_map
 from pretrain.codec.backbone import HEAD_STRIDE
 from pretrain.codec.bitstream import LAYER_NAMES, StreamInfo
@@ -139,7 +139,7 @@ def encode_files(
     _check_writable(out)
     keep_freed_memory()
     model = FeatureCodec.from_pretrained(codec, precision)
-    result, start = Encoded(), time.perf_counter()
+    result, start = Encoded(rejected=unread_images(sources)), time.perf_counter()
     with _progress(console) as progress:
         task = progress.add_task("encoding", total=len(files), figures="")
         for (source, target), pixels in zip(files.items(), _read_ahead(list(files)), strict=True):
@@ -345,6 +345,13 @@ def targets_of(sources: list[Path], suffixes: Collection[str], out: Path, suffix
         if first is not file:
             raise CodecError(f"{first} and {file} would both be written to {target}; use two output folders")
     return {file: target for target, file in firsts.items()}
+
+
+def unread_images(sources: list[Path]) -> list[str]:
+    """A line for each image in folders of `sources` that is of another format by its suffix, so not looked at."""
+    folders = (source for source in sources if source.is_dir())
+    found = (path for folder in folders for path in _files(folder, OTHER_IMAGE_SUFFIXES))
+    return [f"{path}: {path.suffix} is not read; convert it to JPEG, PNG or WebP" for path in found]
 
 
 def _files(source: Path, suffixes: Collection[str]) -> list[Path]:

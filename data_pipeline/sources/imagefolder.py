@@ -8,7 +8,7 @@ are not looked at; what else is not read is listed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,7 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
     Raises:
         DataError: no image in it, splits beside class folders, or classes that train lacks.
     """
-    top = _look(root)
+    top = _look(root, but=NAMES)
     folders = {split: root / split for split in SPLITS if top.images(split)}
     if folders and (others := [name for name in top.folders if name not in folders and top.images(name)]):
         raise DataError(
@@ -51,12 +51,6 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
     names = names or sorted({name for look in found.values() if look.is_labelled for name in look.folders})
     numbers = {name: number for number, name in enumerate(names)}
     jobs: dict[str, tuple[Job, ...]] = {}
-    strays = list(top.loose) if folders else []
-    left_out: list[Rejected] = []
-    if folders:
-        left_out += unread(root, _without_names(top.files), root)
-        for name in top.folders:
-            left_out += unread(root / name, top.folders[name], root) if name not in folders else []
     for split, look in found.items():
         if unknown := [name for name in look.folders if name not in numbers and look.images(name)]:
             raise DataError(
@@ -64,18 +58,11 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
                 "sort its images into the classes of train, or move them away"
             )
         if look.is_labelled:
-            strays += look.loose
             jobs[split] = tuple(
                 ImageJob(path, root, numbers[name]) for name in look.folders for path in look.images(name)
             )
         elif look.loose:
             jobs[split] = tuple(ImageJob(path, root, None) for path in look.loose)
-        left_out += unread(look.root, _without_names(look.files), root)
-        for name, files in look.folders.items():
-            left_out += unread(look.root / name, files, root)
-            if look.is_labelled and split == "train" and not look.images(name):
-                reason = "holds no image that is read, so the class has none"
-                left_out.append(Rejected(str((look.root / name).relative_to(root)), "class", reason))
     if not jobs:
         raise DataError(f"{root}: no image in it; images end in {', '.join(IMAGE_SUFFIXES)}")
     readable = _readable_names(root)
@@ -84,13 +71,7 @@ def list_source(root: Path, splits: Mapping[str, str] | None = None) -> Listing:
         classes=tuple(readable.get(name, name) for name in names),
         semantic_classes=(),
         splits=choose_splits(jobs, splits, {split: split for split in jobs}, root),
-        rejected=(
-            *(
-                Rejected(str(path.relative_to(root)), "image", "lies beside the class folders, so it has no class")
-                for path in strays
-            ),
-            *left_out,
-        ),
+        rejected=tuple(_left_out(top, found)),
         read=read_sample,
     )
 
@@ -124,21 +105,45 @@ class _Look:
         return any(self.images(name) for name in self.folders)
 
 
-def _look(root: Path) -> _Look:
+def _look(root: Path, but: str = "") -> _Look:
     folders: dict[str, Files] = {}
     files = Files([], {})
     for path in entries(root):
         if path.is_dir():
             folders[path.name] = files_below(path)
         elif path.is_file():
-            files.paths.append(path)
+            if path.name != but:
+                files.paths.append(path)
         else:
             files.others[path] = "a link to nothing" if path.is_symlink() else "neither a file nor a folder"
     return _Look(root, folders, files)
 
 
-def _without_names(files: Files) -> Files:
-    return files._replace(paths=[path for path in files.paths if path.name != NAMES])
+def _left_out(top: _Look, found: Mapping[str, _Look]) -> Iterator[Rejected]:
+    """What the source folder `top` and the splits `found` in it hold that is not in the data set."""
+    root = top.root
+    if all(look is not top for look in found.values()):
+        yield from _strays(top, root)
+        for name in top.folders:
+            if name not in found:
+                yield from unread(root / name, top.folders[name], root)
+    for split, look in found.items():
+        if look.is_labelled:
+            yield from _strays(look, root)
+        else:
+            yield from unread(look.root, look.files, root)
+        for name, files in look.folders.items():
+            yield from unread(look.root / name, files, root)
+            if look.is_labelled and split == "train" and not look.images(name):
+                reason = "holds no image that is read, so the class has none"
+                yield Rejected(str((look.root / name).relative_to(root)), "class", reason)
+
+
+def _strays(look: _Look, root: Path) -> Iterator[Rejected]:
+    """The files beside folders of images."""
+    for path in look.loose:
+        yield Rejected(str(path.relative_to(root)), "image", "lies beside the class folders, so it has no class")
+    yield from unread(look.root, look.files, root)
 
 
 def _readable_names(root: Path) -> dict[str, str]:

@@ -241,3 +241,20 @@ def group_lives(group: int) -> bool:
         if int(its_group) == group and state != "Z":
             return True
     return False
+
+
+def test_build_dataset__images_that_all_fail_are_each_named(tmp_path: Path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a.jpg", "b.png"):
+        (source / name).write_bytes(b"no image")
+    (source / "animation.jpg").write_bytes(b"GIF89a")
+    with pytest.raises(DataError) as error:
+        build(source, tmp_path / "out")
+    for words in (
+        "none of its 3 images",
+        "a.jpg: not an image",
+        "b.png: not an image",
+        "animation.jpg: is GIF, neither",
+    ):
+        assert words in str(error.value)

@@ -105,8 +105,11 @@ def test_predict__is_refused_in_one_line(detected: Path, codec_folder: Path, pho
 
 def test_predict__of_several_files_the_broken_one_is_left_out_by_name(detected: Path, photos: Path, tmp_path: Path):
     (photos / "broken.png").write_bytes(b"no image")
+    (photos / "scan.bmp").write_bytes(b"not looked at")
     result = dicm("predict", "detection", detected, photos, "-o", tmp_path / "out")
-    assert result.returncode == 0 and "3 files" in result.stdout and "broken.png" in result.stdout
+    assert result.returncode == 0 and "3 files" in result.stdout and "2 left out" in result.stdout
+    for name in ("broken.png", "scan.bmp"):
+        assert f"left out: {photos / name}: " in result.stdout
 
 
 def test_predict__a_run_on_pixels_takes_images_and_no_streams(
@@ -167,4 +170,4 @@ def test_predict__nothing_but_unusable_files_is_an_error(detected: Path, tmp_pat
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"")
     result = dicm("predict", "detection", detected, tmp_path / "a.png", tmp_path / "b.jpg", "-o", tmp_path / "out")
-    assert_refused(result, "none of 2 files", "a.png")
+    assert_refused(result, "none of 2 files", "a.png: ", "b.jpg: ")

@@ -114,9 +114,11 @@ def test_encode__images_of_every_format_are_what_other_commands_see(
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(data)
     (tmp_path / "anim.png").write_bytes(ANIMATED_PNG)
     (tmp_path / "bomb.png").write_bytes(BOMB)
+    (tmp_path / "scan.TIF").write_bytes(encoded(picture(), "TIFF"))
     result = dicm("encode", tmp_path, "-o", tmp_path / "out", "--codec", exported_codec)
     assert result.returncode == 0, result.stderr
     assert "anim.png: not an image that can be decoded" in result.stdout
+    assert "scan.TIF: .TIF is not read; convert it" in result.stdout and "3 left out" in result.stdout
     assert "bomb.png: an image of more than 178956970 pixels" in result.stdout
     written = {os.fsencode(path.stem): path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert written == {
