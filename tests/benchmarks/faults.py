@@ -110,7 +110,7 @@ def holds(figures: dict[str, Any]) -> bool:
 
 def small(_: Path) -> list[str]:
     """Options for --smoke."""
-    return ["--steps", "20", "--every", "500"]
+    return ["--steps", "20", "--every", "1000"]
 
 
 def create_parser() -> argparse.ArgumentParser:

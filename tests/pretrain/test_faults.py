@@ -20,7 +20,7 @@ def test_run__faults_of_its_storage_change_no_loss_and_no_weight(pretrained_run:
     if library is None:
         pytest.skip("no C compiler")
     words = ["pretrain", "small", f"data={scenes}", f"run={run}", "launcher=local", *FOUR_STAGES, *NARROW, *SHORT]
-    faults = Faults([run, scenes], every=400, seed=1)
+    faults = Faults([run, scenes], every=1000, seed=1)
     ended = run_command([*words, "workers=1", "checkpoint_every=1", "keep_checkpoints=9"], library, faults)
     assert ended.code == 0, ended.lines
     assert all(line.startswith("error: ") for line in ended.lines)  # of commands that were given again
