@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from cluster.errors import is_passing
 
@@ -45,10 +45,16 @@ def append_line(path: Path, line: str) -> None:
         OSError: refused; the file may hold a part of the line.
     """
     with path.open("a+b") as file:
-        if is_torn := file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            is_torn = file.read(1) != b"\n"
-        file.write((b"\n" if is_torn else b"") + line.encode() + b"\n")
+        append_to(file, line)
+
+
+def append_to(file: BinaryIO, line: str) -> None:
+    """As `append_line`, to a file that is open as `a+b`."""
+    if is_torn := file.seek(0, os.SEEK_END) > 0:
+        file.seek(-1, os.SEEK_END)
+        is_torn = file.read(1) != b"\n"
+    file.write((b"\n" if is_torn else b"") + line.encode() + b"\n")
+    file.flush()
 
 
 def patiently(attempt: Callable[[], T]) -> T:

@@ -26,14 +26,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from cluster.credentials import refusal
 from cluster.errors import RecipeError, RunError
 from cluster.files import write_whole
 
 C = TypeVar("C")
 MISSING = "???"
 FOLDERS = {"data", "codec", "run"}  # mandatory texts that name a folder
-# In an address: `USER:SECRET@`, whatever the store; or one word, where it may be a token. A port is no secret.
-CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)[^@\s]*@|\b(?:https?|s3a?)://[^/@\s]+@")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 SAMPLES = {int: "1", float: "0.1", bool: "true", str: "TEXT"}
 
@@ -136,14 +135,8 @@ def refuse_credentials(texts: Iterable[str]) -> None:
     The address would stand in the run's config, in the list of jobs, in logs and in errors.
     """
     for text in texts:
-        if CREDENTIALS.search(text):
-            key, separator, _ = text.partition("=")
-            named = f"{key}=" if separator and "://" not in key else ""
-            raise RecipeError(
-                f"{named}{text.removeprefix(named).partition('://')[0]}://...: the address holds credentials, which "
-                "would be written down with it; leave them out of it, and give them by environment variables "
-                "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile (AWS_PROFILE)"
-            )
+        if line := refusal(text):
+            raise RecipeError(line)
 
 
 def _texts(values: Any, key: str = "") -> Iterator[str]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from cluster.credentials import refusal
 from data_pipeline.errors import DataError
 
-# `USER:SECRET@`, whatever the store; or one word, where it may be a token. A port is no secret.
-CREDENTIALS = re.compile(r"://[^/@\s:]*:(?!\d+/)[^@\s]*@|\b(?:https?|s3a?)://[^/@\s]+@")
 LOCAL = ("file://", "local://")
 
 
@@ -19,12 +17,8 @@ def is_remote(root: str | Path) -> bool:
         DataError: a `pipe:` address, which would run a command; one with credentials, which errors would show.
     """
     text = str(root)
-    if CREDENTIALS.search(text):
-        raise DataError(
-            f"{text.partition('://')[0]}://...: the address holds credentials, which would be written down with it; "
-            "leave them out of it, and give them by environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) "
-            "or a profile (AWS_PROFILE)"
-        )
+    if line := refusal(text):
+        raise DataError(line)
     if text.startswith("pipe:"):
         raise DataError(f"{text}: pipe: addresses run commands and are refused; name a folder or URL of shards")
     return "://" in text and not text.startswith(LOCAL)

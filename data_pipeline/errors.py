@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-
-# What a storage that others share says while a server restarts, a mount is replaced or the network is down.
-PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN,
-                     errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET})  # fmt: skip
+from cluster.errors import is_passing
 
 
 class DataError(ValueError):
@@ -31,5 +27,4 @@ class LostProcessError(DataError):
 
 def unusable(error: OSError, line: str) -> DataError:
     """What to raise for a storage's refusal: a StoreError where it may pass, else a DataError."""
-    passes = error.errno in PASSING or isinstance(error, TimeoutError)
-    return StoreError(line) if passes else DataError(line)
+    return StoreError(line) if is_passing(error) else DataError(line)

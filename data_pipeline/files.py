@@ -1,14 +1,15 @@
-"""Files that are whole or not there, lines appended to one, and files of others: regular ones of bounded size."""
+"""Files that are whole or not there, and files of others: regular ones of bounded size."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
-import secrets
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from cluster.files import beside
 
 LARGEST_FILE = 2**30  # bytes; images and streams are smaller by far
 KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -53,17 +54,3 @@ class Replacing(io.FileIO):
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
-
-
-def beside(path: Path) -> Path:
-    """A name in the same folder that no one else has, hidden: machines and containers share process ids."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
-def append_line(file: BinaryIO, line: str) -> None:
-    """Append a line to a file open as `a+b`; after a torn one, as a full disk leaves it, on a line of its own."""
-    if is_torn := file.seek(0, os.SEEK_END) > 0:
-        file.seek(-1, os.SEEK_END)
-        is_torn = file.read(1) != b"\n"
-    file.write((b"\n" if is_torn else b"") + line.encode() + b"\n")
-    file.flush()

@@ -15,9 +15,9 @@ import secrets
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster.files import append_to
 from cluster.locks import lock
 from data_pipeline.errors import DataError
-from data_pipeline.files import append_line
 
 FILE = "quarantine.jsonl"
 MOST_SHARE = 0.001  # of the samples read so far
@@ -79,6 +79,6 @@ class Quarantine:
                     self.path = self.path.with_stem(f"{self.path.stem}_{secrets.token_hex(8)}")
                     self._write(sample)
                     return
-                append_line(file, line)
+                append_to(file, line)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror}); make its folder writable") from error

@@ -29,10 +29,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from cluster.files import beside
 from data_pipeline.addresses import is_remote, join
 from data_pipeline.cache import CachedShard, ShardCache
 from data_pipeline.errors import DataError, unusable
-from data_pipeline.files import Replacing, beside, open_file
+from data_pipeline.files import Replacing, open_file
 from data_pipeline.in_hand import take
 from data_pipeline.manifest import BLOCK, MANIFEST, Shard, Split
 
