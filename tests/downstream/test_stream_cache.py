@@ -16,7 +16,7 @@ from small_codecs import create_codec
 from small_objects import NARROW_DETECTOR, SMALL_CROPS, rectangles, write_objects
 
 from cluster.metrics import read_rows
-from cluster.runtime import on_sigterm
+from cluster.runtime import LocalRuntime, on_sigterm
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.scenes import write_scenes
@@ -245,7 +245,8 @@ def test_build_streams__sigterm_stops_between_parts(
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with on_sigterm(task.runtime.stop):
+    task.runtime = runtime = LocalRuntime()
+    with on_sigterm(runtime.stop):
         assert not stream_cache.build_streams(task, tell)
     assert done == [1, 2]
-    task.runtime.close()
+    runtime.close()
