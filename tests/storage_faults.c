@@ -7,7 +7,7 @@
      FAULTS_FOLDERS   absolute paths, separated by colons
      FAULTS_EXCEPT    no file with this in its path
      FAULTS_SEED      of the draws, which differ from process to process
-     FAULTS_EVERY     calls from one fault to the next, in the mean; 0: none
+     FAULTS_EVERY     of so many calls one fails; 0: none
      FAULTS_FULL      bytes
      FAULTS_LOG       file that gets a line for each fault: call, error, path */
 
@@ -34,18 +34,31 @@ static char folders[16][PATH_BYTES];
 static const char *except = "", *log_path = NULL;
 static int num_folders = 0;
 static long every = 0, full = -1;
+static uint64_t seed = 1;
 static _Atomic uint64_t draws = 1;
+static _Atomic long calls = 0;
 static _Atomic long written = 0;
 static char *paths[MOST_FILES]; /* of the files that are open under the folders */
 
-static uint64_t draw(void) { /* splitmix64 */
-    uint64_t z = atomic_fetch_add(&draws, 0x9E3779B97F4A7C15u);
+static uint64_t mixed(uint64_t z) { /* splitmix64's */
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
 }
 
-static void differ_in_child(void) { atomic_fetch_add(&draws, (uint64_t)getpid() << 20); }
+static uint64_t draw(void) { return mixed(atomic_fetch_add(&draws, 0x9E3779B97F4A7C15u)); }
+
+/* Whether it is this call that fails: one of each `every`, at a place of its own, so that no run is spared by chance. */
+static int is_due(void) {
+    if (every <= 0) return 0;
+    long call = atomic_fetch_add(&calls, 1);
+    return call % every == (long)(mixed(seed + (uint64_t)(call / every + 1) * 0x9E3779B97F4A7C15u) % every);
+}
+
+static void differ_in_child(void) {
+    atomic_fetch_add(&draws, (uint64_t)getpid() << 20);
+    seed += (uint64_t)getpid() << 20;
+}
 
 __attribute__((constructor)) static void begin(void) {
     const char *names = getenv("FAULTS_FOLDERS");
@@ -57,7 +70,7 @@ __attribute__((constructor)) static void begin(void) {
     if (getenv("FAULTS_EXCEPT")) except = getenv("FAULTS_EXCEPT");
     if (getenv("FAULTS_EVERY")) every = atol(getenv("FAULTS_EVERY"));
     if (getenv("FAULTS_FULL")) full = atol(getenv("FAULTS_FULL"));
-    if (getenv("FAULTS_SEED")) draws = strtoull(getenv("FAULTS_SEED"), NULL, 10) * 0xD1342543DE82EF95u + 1;
+    if (getenv("FAULTS_SEED")) draws = seed = strtoull(getenv("FAULTS_SEED"), NULL, 10) * 0xD1342543DE82EF95u + 1;
     log_path = getenv("FAULTS_LOG");
     pthread_atfork(NULL, NULL, differ_in_child);
 }
@@ -92,7 +105,7 @@ static void note(const char *call, int error, const char *path) {
 
 /* Whether a call on `path` fails now; sets errno. */
 static int fails(const char *call, const char *path) {
-    if (every <= 0 || draw() % every != 0) return 0;
+    if (!is_due()) return 0;
     int error = draw() % 2 ? ESTALE : EIO;
     note(call, error, path);
     errno = error;
@@ -161,7 +174,7 @@ ssize_t write(int file, const void *bytes, size_t count) {
         errno = ENOSPC;
         return -1;
     }
-    if (every > 0 && draw() % every == 0) {
+    if (is_due()) {
         int error = draw() % 2 ? ESTALE : EIO;
         REAL(write)(file, bytes, draw() % (count + 1));
         note("write", error, path);

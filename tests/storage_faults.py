@@ -38,7 +38,7 @@ class Faults:
 
     Attributes:
         folders: where.
-        every: calls from one ESTALE or EIO to the next, in the mean; 0: none.
+        every: of so many calls one fails, with ESTALE or EIO; 0: none.
         full: bytes that fit, then ENOSPC.
         seed: of the draws.
     """

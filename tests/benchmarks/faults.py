@@ -117,7 +117,7 @@ def create_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--every", type=int, default=1500, help="calls from one fault to the next, in the mean")
+    parser.add_argument("--every", type=int, default=1500, help="of so many calls one fails")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     smoke.add_option(parser)
