@@ -35,12 +35,12 @@ from pretrain.codec.precision import autocast
 from pretrain.export import export
 from pretrain.run import resolve, run
 
-TRAIN, VAL, SIZE, SEED = 1500, 400, 64, 0
+TRAIN, VAL, SIZE, SEED = 1500, 600, 64, 0
 WORKERS = 2
 RATES = (0.0, 0.5, 1.0)
 ANCHORS = ("jpeg:1", "jpeg:20", "avif:1", "avif:20", "hevc:51", "hevc:42")  # each pair brackets the codec's rates
 # How long the demo takes: what the machine's speed decides, in training images of ResNet-18, and what it hardly does.
-PROBED_IMAGES, OTHER_SECONDS = 28_000, 90
+PROBED_IMAGES, OTHER_SECONDS = 28_000, 100
 
 
 def run_demo(
