@@ -7,7 +7,7 @@ import pickle
 import re
 
 OUR_PACKAGES = frozenset({"cluster", "data_pipeline", "pretrain", "downstream"})
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
 # What a storage that others share says while a server restarts, a mount is replaced or the network is down.
 PASSING = frozenset({
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET,

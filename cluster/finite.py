@@ -7,12 +7,13 @@ the device, and read where the training waits for the device in any case: where 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_leaves
 
 from cluster.runtime import Runtime
 
@@ -53,20 +54,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def all_finite(state: Any) -> bool:
     """Whether all tensors and numbers in nested dicts, lists and tuples are finite; waits once for each device."""
     answers: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for tensor in _float_tensors(state):
-        answers[tensor.device].append(tensor.isfinite().all())
+    for leaf in tree_leaves(state):
+        if isinstance(leaf, float | Tensor):
+            tensor = torch.as_tensor(leaf)
+            answers[tensor.device].append(tensor.isfinite().all())
     return all(bool(torch.stack(each).all()) for each in answers.values())
-
-
-def _float_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.numel():
-            yield value
-    elif isinstance(value, float):
-        yield torch.tensor(value)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _float_tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _float_tensors(item)

@@ -63,12 +63,12 @@ class Start:
 
     Attributes:
         timeout_seconds: how long a worker waits for the others.
-        newest: step of the newest checkpoint since the first start, -1 before there is one; of all processes.
+        newest: step of the newest checkpoint since the first start, -1 before there is one; rank 0 writes it.
         interruption: why the group before ended, where there was one.
     """
 
     timeout_seconds: float = TIMEOUT_SECONDS
-    newest: Any = field(default_factory=lambda: torch.multiprocessing.get_context("forkserver").Value("q", -1))
+    newest: Any = field(default_factory=lambda: torch.multiprocessing.get_context("forkserver").RawValue("q", -1))
     interruption: Interruption | None = None
 
     def runtime(self) -> LocalRuntime:

@@ -42,7 +42,6 @@ class ClusterConfig:
             raise RunError(f"cluster.max_failures={self.max_failures} is impossible; it must be at least 0")
         if not self.resize_seconds >= 0:
             raise RunError(f"cluster.resize_seconds={self.resize_seconds:g} is impossible; it must be at least 0")
-
         if not 1 <= self.timeout_seconds < math.inf:
             raise RunError(
                 f"cluster.timeout_seconds={self.timeout_seconds:g} is impossible; it must be at least 1, and finite"

@@ -11,7 +11,6 @@ hold. Credentials, endpoints and proxies come from where fsspec and the stores' 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import random
 import tempfile
@@ -25,12 +24,12 @@ import fsspec
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 
+from cluster.errors import FULL
 from data_pipeline.errors import DataError, StoreError
 
 T = TypeVar("T")
 LONGEST_PAUSE = 20.0  # seconds
 TRY_LATER = (408, 425, 429)  # client errors of HTTP that pass
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit of the process
 LONGEST_REASON = 200  # characters
 LARGEST_READ = 2**30  # bytes of a file that is read whole: a manifest of 100 million samples
 
@@ -155,7 +154,7 @@ def _patiently(url: str, retries: Retries, attempt: Callable[[], T]) -> T:
         except FileNotFoundError:
             raise
         except Exception as error:  # the stores' libraries share no class of their own
-            if isinstance(error, OSError) and error.errno in DISK_FULL:
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise
             status = getattr(error, "status", None)
             refused = isinstance(status, int) and 400 <= status < 500 and status not in TRY_LATER

@@ -14,8 +14,6 @@ RUN/codecs/OWNER--NAME@REVISION/    the same two files, of a hub id that a run r
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 from reprlib import repr as shown
@@ -27,7 +25,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from cluster.files import write_whole
+from cluster.commands import HUB_ID
+from cluster.files import beside, write_whole
 from pretrain.codec.config import CodecConfig
 from pretrain.codec.entropy import CoderTables
 from pretrain.codec.network import CodecNetwork
@@ -35,7 +34,6 @@ from pretrain.errors import CodecError
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@\w[\w./-]*)?")
 LARGEST_CONFIG = 2**20  # bytes
 LONGEST_NAME = 100  # characters
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -93,7 +91,7 @@ def keep(source: str | None, run: Path) -> None:
     if source is None or not is_hub_id(source) or _place(source, run).is_dir():
         return
     found, target = locate(source), _place(source, run)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = beside(target)
     try:
         temporary.mkdir(parents=True)
         for name in (WEIGHTS, CONFIG):

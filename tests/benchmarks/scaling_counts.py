@@ -12,7 +12,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,18 +268,7 @@ def gathered_bytes(config: PretrainConfig, stage: Stage, method: nn.Module) -> t
 
 def tensor_bytes(state: Any) -> int:
     """Of all tensors in nested dicts, lists and tuples."""
-    return sum(tensor.nbytes for tensor in _tensors(state))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+    return sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
 
 
 def measure(photos: Path, checkpoint_bytes: int, canvas_size: int, repeats: int = 5) -> dict[str, float]:
